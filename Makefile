@@ -1,0 +1,61 @@
+# `make quickstart` and `make test` are all that a newcomer needs; both set up .venv first.
+SHELL := /bin/sh
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Packages that only development needs come with the `dev` extra.
+INPUTS := pyproject.toml constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-dev quickstart test drill lint types format notebook bench clean
+
+help:
+	@echo "make quickstart   three clouds fine-tune SmolLM2-135M together; report in runs/quickstart/"
+	@echo "make test         lint, types and tests, as CI runs them"
+	@echo "make setup        .venv with what a run needs;  make setup-dev: and with what tests need"
+	@echo "make drill        long drills;  make bench: benchmarks;  make format;  make clean"
+	@echo "PYTHON=/path/to/python3.12 chooses the interpreter"
+
+$(VENV)/.made:
+	@PYTHON="$(PYTHON)" sh tools/make_venv.sh $(VENV)
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.made $(INPUTS)
+	@echo "installing the packages that a run needs (about a minute)"
+	@$(PIP) install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@echo "installing the packages that the tests need"
+	@$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+setup: $(VENV)/.installed
+setup-dev: $(VENV)/.installed-dev
+
+quickstart: setup
+	@$(BIN)/fedjax-llm run experiments/quickstart/quickstart.toml --out runs/quickstart --replace
+
+lint: setup-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup-dev
+	$(BIN)/mypy
+
+test: lint types
+	$(BIN)/fedjax-llm models get smollm2-135m
+	$(BIN)/python -m pytest -m "not drill"
+
+drill: setup-dev
+	$(BIN)/python -m pytest -m drill
+
+format: setup-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup
+	$(BIN)/python experiments/benchmarks/round.py
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,0 +1,211 @@
+"""Corpus: one cloud's data, from files or the package to batches for training and evaluation."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedjax_llm.data.builtin import builtin_capacity, builtin_mapping, builtin_rows
+from fedjax_llm.data.mapping import Mapping, MappingReport, map_rows_counted
+from fedjax_llm.data.packing import to_batch
+from fedjax_llm.data.readers import read_rows
+from fedjax_llm.data.records import Record
+from fedjax_llm.data.rendering import RenderReport, TextTokenizer, render_all
+from fedjax_llm.data.splitting import keyed_hash, split_by_group
+from fedjax_llm.data.statistics import TokenStatistics, describe
+from fedjax_llm.errors import UserError
+from fedjax_llm.models.batch import Batch
+
+BUILTIN_PREFIX = "builtin:"
+
+
+@dataclass(frozen=True)
+class CorpusSpec:
+    """What a cloud trains on, as its part of the run file says.
+
+    Attributes:
+      sources: Paths, or embedded corpora such as "builtin:medical"; concatenated.
+      mapping: From columns to records; None is for embedded corpora only, which know their own.
+      limit: Use this many records after a shuffle by `seed`; None uses all.
+      eval_fraction: Fraction of the records kept for evaluation, in (0, 1).
+      template: "chat" or "plain".
+      system: System message of every example, or None for the template's default.
+      length: Tokens per row.
+      packing: Several examples per row; must be False where an example is the unit of privacy.
+      seed: Of the embedded corpora, the shuffle and the split.
+    """
+
+    sources: tuple[str, ...]
+    mapping: Mapping | None = None
+    limit: int | None = None
+    eval_fraction: float = 0.1
+    template: str = "chat"
+    system: str | None = None
+    length: int = 256
+    packing: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class CorpusReport:
+    """Where every row of a cloud went; no row disappears uncounted.
+
+    `mapping.rows` = dropped by the mapping + `over_limit` + training and evaluation records.
+    """
+
+    mapping: MappingReport
+    over_limit: int
+    train_rendering: RenderReport
+    evaluation_rendering: RenderReport
+    train: TokenStatistics
+    evaluation: TokenStatistics
+
+    def lines(self) -> list[str]:
+        """The report as lines for the user; lines about losses appear only where there are some."""
+        losses = {
+            "rows dropped because the answer is empty": self.mapping.empty_answers,
+            "rows dropped because the prompt is empty": self.mapping.empty_prompts,
+            "records left out by limit": self.over_limit,
+            "contexts shortened to fit": self._both("context_cut"),
+            "answers shortened to fit": self._both("answer_cut"),
+            "records dropped because no token of the answer fits": self._both("lost"),
+        }
+        missing = [
+            f"{count} rows without {column!r}" for column, count in self.mapping.missing.items()
+        ]
+        return [
+            f"training: {self.train}",
+            f"evaluation: {self.evaluation}",
+            *(f"{count} {what}" for what, count in losses.items() if count),
+            *missing,
+        ]
+
+    def _both(self, name: str) -> int:
+        return sum(getattr(r, name) for r in (self.train_rendering, self.evaluation_rendering))
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A cloud's data, ready for training.
+
+    Attributes:
+      name: The cloud.
+      train: Rows [N, length] for training (numpy).
+      evaluation: Rows [N, length] for evaluation (numpy); shares no group with `train`.
+      train_records: The records behind `train`, before rendering.
+      evaluation_records: The records behind `evaluation`, for example to generate from.
+      report: Where every row went.
+    """
+
+    name: str
+    train: Batch
+    evaluation: Batch
+    train_records: tuple[Record, ...]
+    evaluation_records: tuple[Record, ...]
+    report: CorpusReport
+
+
+def load_corpus(
+    name: str, spec: CorpusSpec, tokenizer: TextTokenizer, pad_id: int, root: Path | None = None
+) -> Corpus:
+    """Reads, maps, limits, splits, renders and batches one cloud's data.
+
+    Args:
+      name: Name of the cloud; every error begins with it.
+      spec: What to read and how.
+      tokenizer: Tokenizer of the base model.
+      pad_id: Token of the padding.
+      root: Folder that relative paths start from; None is the working directory.
+
+    Raises:
+      UserError: Any mistake in the spec or in the data, in one line that names the cloud.
+    """
+    try:
+        records, counts = load_records(spec, root)
+        kept = _limited(records, spec)
+        train_records, evaluation_records = split_by_group(kept, spec.eval_fraction, spec.seed)
+        style = (tokenizer, spec.template, spec.length, spec.system)
+        train, train_counts = render_all(train_records, *style)
+        evaluation, evaluation_counts = render_all(evaluation_records, *style)
+        for side, examples in (("training", train), ("evaluation", evaluation)):
+            if not examples:
+                raise UserError(
+                    f"no {side} example fits into {spec.length} tokens with a token of its answer; "
+                    f"raise length"
+                )
+        return Corpus(
+            name=name,
+            train=to_batch(train, spec.length, spec.packing, pad_id),
+            evaluation=to_batch(evaluation, spec.length, spec.packing, pad_id),
+            train_records=tuple(train_records),
+            evaluation_records=tuple(evaluation_records),
+            report=CorpusReport(
+                mapping=counts,
+                over_limit=len(records) - len(kept),
+                train_rendering=train_counts,
+                evaluation_rendering=evaluation_counts,
+                train=describe(train),
+                evaluation=describe(evaluation),
+            ),
+        )
+    except UserError as error:
+        raise UserError(f"cloud {name!r}: {error}") from error
+
+
+def load_records(spec: CorpusSpec, root: Path | None = None) -> tuple[list[Record], MappingReport]:
+    """Reads and maps all sources of a spec, in their order, before `limit` is applied.
+
+    Raises:
+      UserError: No source, an unreadable source, or a mapping that does not fit it.
+    """
+    if not spec.sources:
+        raise UserError("no source; name a file, a folder or builtin:<corpus>")
+    records: list[Record] = []
+    reports = []
+    for source in spec.sources:
+        if source.startswith(BUILTIN_PREFIX):
+            corpus = source.removeprefix(BUILTIN_PREFIX)
+            rows = builtin_rows(corpus, builtin_capacity(corpus), spec.seed)
+            mapping = spec.mapping or builtin_mapping(corpus)
+        else:
+            rows = read_rows((root or Path()) / source)
+            if spec.mapping is None:
+                raise UserError(
+                    f"{source}: needs a mapping from its columns ({', '.join(rows[0])}); "
+                    f"set at least answer"
+                )
+            mapping = spec.mapping
+        try:
+            mapped, report = map_rows_counted(rows, mapping)
+        except UserError as error:
+            raise UserError(f"{source}: {error}") from error
+        records += mapped
+        reports.append(report)
+    return records, _total(reports)
+
+
+def _limited(records: list[Record], spec: CorpusSpec) -> list[Record]:
+    if spec.limit is None:
+        return records
+    if spec.limit < 1:
+        raise UserError(f"limit must be at least 1, got {spec.limit}")
+    if spec.limit > len(records) and any(s.startswith(BUILTIN_PREFIX) for s in spec.sources):
+        raise UserError(
+            f"limit = {spec.limit}, but the embedded corpora give {len(records)} distinct records; "
+            f"lower limit"
+        )
+    order = sorted(range(len(records)), key=lambda index: keyed_hash(str(index), spec.seed))
+    return [records[index] for index in order[: spec.limit]]
+
+
+def _total(reports: Sequence[MappingReport]) -> MappingReport:
+    missing: Counter[str] = Counter()
+    for report in reports:
+        missing.update(report.missing)
+    return MappingReport(
+        rows=sum(report.rows for report in reports),
+        records=sum(report.records for report in reports),
+        empty_answers=sum(report.empty_answers for report in reports),
+        empty_prompts=sum(report.empty_prompts for report in reports),
+        missing=dict(missing),
+    )

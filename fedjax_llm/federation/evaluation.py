@@ -1,0 +1,83 @@
+"""Held-out loss of every cloud under the global adapter, as one program.
+
+Rows of all clouds are put in one table and cut into micro-batches of a fixed size, which are
+spread over the devices; a row's loss therefore has the same bytes on one device and on several.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from fedjax_llm.federation.cohort import AXIS, CohortLayout
+from fedjax_llm.lora import Adapter
+from fedjax_llm.models import Batch
+
+PyTree = Any
+BatchLoss = Callable[[PyTree, Adapter, Batch], tuple[jax.Array, jax.Array]]
+
+
+class HeldOut:
+    """The clouds' evaluation rows on the devices, and the compiled program that measures them.
+
+    Args:
+        layout: the devices.
+        batches: one table of rows a cloud, numpy arrays of the same length T.
+        batch_loss: `(base, adapter, batch) -> (nll_B in nats, tokens_B)`.
+        microbatch: rows whose activations are in memory at once on a device.
+    """
+
+    def __init__(
+        self,
+        layout: CohortLayout,
+        batches: Sequence[Batch],
+        batch_loss: BatchLoss,
+        microbatch: int,
+    ) -> None:
+        self._rows = [len(batch.tokens_BxT) for batch in batches]
+        table = jax.tree.map(lambda *leaves: np.concatenate(leaves), *batches)
+        unit = layout.mesh.size * microbatch
+        missing = -len(table.tokens_BxT) % unit
+
+        def place(leaf: np.ndarray) -> jax.Array:
+            padded = np.pad(leaf, [(0, missing), (0, 0)])
+            return jax.device_put(
+                padded.reshape(-1, microbatch, leaf.shape[1]),
+                NamedSharding(layout.mesh, PartitionSpec(AXIS)),
+            )
+
+        self._table = jax.tree.map(place, table)
+
+        def on_device(shared: PyTree, rows: Batch) -> tuple[jax.Array, jax.Array]:
+            base, adapter = shared
+            return jax.lax.map(lambda batch: batch_loss(base, adapter, batch), rows)
+
+        self._measure = jax.jit(
+            jax.shard_map(
+                on_device,
+                mesh=layout.mesh,
+                in_specs=(PartitionSpec(), PartitionSpec(AXIS)),
+                out_specs=PartitionSpec(AXIS),
+                check_vma=False,
+            )
+        )
+
+    def losses(self, base: PyTree, adapter: Adapter) -> list[float]:
+        """Returns each cloud's mean loss in nats per counted token, in the clouds' order."""
+        nll, tokens = jax.device_get(self._measure((base, adapter), self._table))
+        nll_N = np.asarray(nll, np.float64).reshape(-1)
+        tokens_N = np.asarray(tokens, np.int64).reshape(-1)
+        ends = np.cumsum(self._rows)
+        return [
+            float(nll_N[end - rows : end].sum() / max(tokens_N[end - rows : end].sum(), 1))
+            for end, rows in zip(ends, self._rows, strict=True)
+        ]
+
+    @property
+    def rows(self) -> int:
+        """Rows of all clouds together."""
+        return sum(self._rows)
+
+

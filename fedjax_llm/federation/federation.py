@@ -1,0 +1,482 @@
+"""The federation: clouds with their data around one frozen base model.
+
+`Federation` holds what does not change (the base, the data on the devices, the compiled programs,
+the keys of the encrypted sum); `FederationState` is a pytree that holds all that does. A round is
+`state -> (state, report)`.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedjax_llm.aggregation import AggregationRule, ServerState
+from fedjax_llm.clouds import Cloud, check_unique, round_seconds
+from fedjax_llm.data import Corpus
+from fedjax_llm.errors import Refused, UserError
+from fedjax_llm.federation.cohort import ClientInputs, ClientOutputs, CohortLayout
+from fedjax_llm.federation.evaluation import HeldOut
+from fedjax_llm.federation.keys import Purpose, key_for
+from fedjax_llm.federation.message import MessageCodec
+from fedjax_llm.federation.programs import RoundPrograms
+from fedjax_llm.federation.reports import CloudReport, RoundReport
+from fedjax_llm.federation.sums import Plain, SumMode
+from fedjax_llm.lora import Adapter, LoraConfig, init_adapter
+from fedjax_llm.models import Batch, Model, loss
+from fedjax_llm.privacy import PrivacyPlan, SamplerSpec, poisson_sample
+from fedjax_llm.training import ClientTable, LocalTraining
+
+PyTree = Any
+OnStage = Callable[[str], None]
+
+# Integers of a sum stay within int32, so that they are exact on every accelerator.
+_SUM_BITS = 31
+_MOST_BITS = 24
+
+
+@dataclass(frozen=True)
+class Participant:
+    """A cloud with its data.
+
+    Attributes:
+        cloud: name and link.
+        corpus: its training and evaluation rows; they never leave it.
+        offline_rounds: rounds in which it cannot be reached: it neither trains nor decrypts.
+    """
+
+    cloud: Cloud
+    corpus: Corpus
+    offline_rounds: frozenset[int] = frozenset()
+
+
+class FederationState(NamedTuple):
+    """All that changes from round to round; a pytree of arrays.
+
+    Attributes:
+        round: int32 scalar, rounds done.
+        server: global adapter and server optimiser.
+        clients: the clients' optimiser states, leaves [K, ...] in the order of the clouds.
+    """
+
+    round: jax.Array
+    server: ServerState
+    clients: PyTree
+
+
+class Federation:
+    """Clouds that fine-tune one model together.
+
+    Args:
+        model: the frozen base, its configuration and tokenizer.
+        participants: the clouds, in the order that addresses their randomness.
+        lora: rank, alpha and targets of the adapter.
+        training: one client's local update.
+        rule: how messages become the next adapter.
+        plan: what is promised about privacy; checked against what is really done.
+        sum_mode: how messages are added.
+        update_bound: largest l2 norm of one cloud's message; longer ones are shortened to it.
+            With privacy unit `client` the plan's clip norm takes its place.
+        value_bits: bits of one coordinate on the wire; as many as fit, up to 24, by default.
+        weights: each cloud's public weight in the mean, scaled to a largest of 1; uniform if None.
+        seed: of all simulated randomness.
+        dtype: of activations.
+        remat: whether activations are recomputed in the backward pass instead of kept.
+        evaluation_microbatch: evaluation rows in memory at once on a device.
+        clients_at_once: clients in one vmap; chosen by platform if None.
+        devices: where to run; all devices by default.
+
+    Raises:
+        UserError: no clouds, two of one name, bits or weights that do not fit.
+        Refused: what is done and what the plan accounts for differ; a rule that must see single
+            messages under a sum that hides them.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        participants: Sequence[Participant],
+        *,
+        lora: LoraConfig,
+        training: LocalTraining,
+        rule: AggregationRule,
+        plan: PrivacyPlan,
+        sum_mode: SumMode,
+        update_bound: float = 1.0,
+        value_bits: int | None = None,
+        weights: Sequence[float] | None = None,
+        seed: int = 0,
+        dtype: jax.typing.DTypeLike = jnp.float32,
+        remat: bool = False,
+        evaluation_microbatch: int = 8,
+        clients_at_once: int | None = None,
+        devices: Sequence[jax.Device] | None = None,
+    ) -> None:
+        check_unique(tuple(participant.cloud for participant in participants))
+        if rule.needs_individual_messages and not isinstance(sum_mode, Plain):
+            raise Refused(
+                f"rule {rule.name!r} has to read each cloud's message, which an encrypted sum "
+                "hides; choose the plain sum or another rule"
+            )
+        self.model = model
+        self.participants = tuple(participants)
+        self.lora = lora
+        self.plan = plan
+        self.sum_mode = sum_mode
+        self._training = training
+        self._rule = rule
+        self._seed = jax.random.key(seed)
+        self._names = tuple(participant.cloud.name for participant in participants)
+        self._weights_K = _scaled_weights(weights, len(participants))
+        self.layout = CohortLayout.over(len(participants), clients_at_once, devices)
+        self._check_plan()
+
+        template = jax.eval_shape(
+            lambda key: rule.trainable(init_adapter(model.config, lora, key)), self._seed
+        )
+        self._codec = MessageCodec.for_tree(
+            template,
+            max_norm=plan.clip_norm if plan.unit == "client" else update_bound,
+            bits=_fitting_bits(value_bits, len(participants)),
+            clients=len(participants),
+        )
+        self._programs = RoundPrograms(
+            self.layout,
+            training,
+            rule,
+            self._codec,
+            lambda base, adapter, row: _row_loss(model, base, adapter, row, dtype, remat),
+            plan.noise_stddev if plan.unit == "client" else 0.0,
+        )
+        self._base = self.layout.replicate(model.base)
+        self._tables = self.layout.shard(_client_tables(self.participants, training))
+        self._held_out = HeldOut(
+            self.layout,
+            [participant.corpus.evaluation for participant in participants],
+            lambda base, adapter, batch: loss(model.config, base, adapter, batch, dtype=dtype),
+            evaluation_microbatch,
+        )
+        self._secure_sum = (
+            None
+            if isinstance(sum_mode, Plain)
+            else sum_mode.open(self._names, self._codec.size, self._codec.fixed_point)
+        )
+
+    @property
+    def parameters(self) -> int:
+        """Trained parameters, P: what each cloud sends in a round."""
+        return self._codec.size
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The clouds' names, in order."""
+        return self._names
+
+    def statement(self) -> str:
+        """Who can decrypt what; a run prints it before it starts."""
+        return (self._secure_sum or self.sum_mode).statement()
+
+    def init(self) -> FederationState:
+        """Returns the state before the first round."""
+        adapter = init_adapter(
+            self.model.config, self.lora, key_for(self._seed, Purpose.ADAPTER_INIT)
+        )
+        server = self._rule.init(adapter)
+        one = self._training.optimizer.init(self._rule.trainable(adapter))
+        clients = jax.tree.map(
+            lambda leaf: jnp.broadcast_to(leaf, (len(self._names), *jnp.shape(leaf))), one
+        )
+        return FederationState(jnp.int32(0), server, clients)
+
+    def evaluate(self, state: FederationState) -> dict[str, float]:
+        """Returns each cloud's held-out loss in nats per answer token."""
+        adapter = self.layout.replicate(state.server.adapter)
+        losses = self._held_out.losses(self._base, adapter)
+        return dict(zip(self._names, losses, strict=True))
+
+    def rounds(
+        self, state: FederationState, count: int
+    ) -> Iterator[tuple[FederationState, RoundReport]]:
+        """Yields the state and report after each of `count` rounds."""
+        for _ in range(count):
+            state, report = self.run_round(state)
+            yield state, report
+
+    def run_round(
+        self, state: FederationState, on_stage: OnStage = lambda stage: None
+    ) -> tuple[FederationState, RoundReport]:
+        """Runs one round: broadcast, local training, sum, server step.
+
+        Args:
+            state: after the round before; it stays valid.
+            on_stage: called with the name of each stage as it begins.
+
+        Raises:
+            UserError: training diverged in a cloud, or no cloud is online.
+            Refused: fewer clouds are online than can decrypt; the state is unchanged.
+        """
+        round_number = int(state.round) + 1
+        online_K = np.array(
+            [round_number not in p.offline_rounds for p in self.participants], dtype=bool
+        )
+        if not online_K.any():
+            raise UserError(f"round {round_number}: no cloud is online; resume when one is")
+        selected_K = online_K & self._selected(round_number)
+        divisor = self._divisor(online_K)
+        clients = self._client_inputs(state, selected_K)
+        server = self.layout.replicate(state.server)
+        where = (self._seed, jnp.int32(round_number))
+
+        on_stage("train")
+        started = time.perf_counter()
+        seconds = {"encrypt": 0.0, "add": 0.0, "decrypt": 0.0}
+        sent = dict.fromkeys(self._names, 0)
+        received = dict.fromkeys(self._names, 0)
+        if self._secure_sum is None:
+            applied, outputs = jax.block_until_ready(
+                self._programs.round(self._base, server, clients, divisor, *where)
+            )
+            self._check_finite(outputs, round_number)
+            seconds["train"] = time.perf_counter() - started
+            for name in self._online_names(online_K):
+                sent[name] = 4 * self._codec.size
+        else:
+            outputs = jax.block_until_ready(
+                self._programs.train(self._base, server.adapter, clients, *where)
+            )
+            self._check_finite(outputs, round_number)
+            seconds["train"] = time.perf_counter() - started
+            total_P = self._sum_on_host(
+                outputs, online_K, round_number, seconds, sent, received, on_stage
+            )
+            started = time.perf_counter()
+            applied = jax.block_until_ready(
+                self._programs.apply(jnp.asarray(total_P, jnp.int32), divisor, server, *where)
+            )
+            seconds["apply"] = time.perf_counter() - started
+        for name in self._online_names(online_K):
+            received[name] += 4 * self._codec.size
+        new_state = FederationState(
+            jnp.int32(round_number),
+            _on_first_device(applied.server),
+            jax.tree.map(lambda leaf: leaf[: len(self._names)], outputs.optimizer),
+        )
+        report = self._report(
+            round_number, applied.update_norm, outputs, online_K, seconds, sent, received
+        )
+        return new_state, report
+
+    def _check_plan(self) -> None:
+        """Hands the plan what the training code really does; a difference is refused."""
+        private = self._training.privacy
+        plan = self.plan
+        if (plan.unit == "example") != (private is not None):
+            raise Refused(
+                f"the plan's unit is {plan.unit!r} but local training "
+                f"{'clips and noises each example' if private else 'does not clip examples'}"
+            )
+        if private is not None:
+            done = (private.clip_norm, private.noise_multiplier)
+            if done != (plan.clip_norm, plan.noise_multiplier):
+                raise Refused(
+                    f"local training clips and noises with {done}, the plan accounts for "
+                    f"{(plan.clip_norm, plan.noise_multiplier)}"
+                )
+            rows = [len(p.corpus.train.tokens_BxT) for p in self.participants]
+            packed = any(np.max(p.corpus.train.segments_BxT) > 1 for p in self.participants)
+            if packed:
+                raise Refused("a row holds several examples; pack nothing with unit 'example'")
+            if tuple(rows) != plan.units:
+                raise Refused(f"the plan accounts for {plan.units} examples, the clouds hold {rows}")
+            rates = tuple(self._training.batch_size / count for count in rows)
+            kind = "full" if set(rates) == {1.0} else "poisson"
+            self.plan.check_sampler(SamplerSpec(kind, rates, self._training.steps))
+        if plan.unit == "client":
+            if plan.units != (len(self.participants),):
+                raise Refused(
+                    f"the plan accounts for {plan.units} clients, there are "
+                    f"{len(self.participants)}"
+                )
+            if np.any(self._weights_K != 1):
+                raise Refused(
+                    "weights other than uniform depend on the data that unit 'client' hides"
+                )
+
+    def _selected(self, round_number: int) -> np.ndarray:
+        """Which clients take part: all, or a Poisson sample when the unit is the client."""
+        count = len(self._names)
+        if self.plan.unit != "client" or self.plan.sampler.kind == "full":
+            return np.ones(count, dtype=bool)
+        key = key_for(self._seed, Purpose.CLIENT_SAMPLING, round_number)
+        indices_K, chosen = poisson_sample(key, count, self.plan.sampler.rates[0], count)
+        selected_K = np.zeros(count, dtype=bool)
+        selected_K[np.asarray(indices_K)[: int(chosen)]] = True
+        return selected_K
+
+    def _divisor(self, online_K: np.ndarray) -> jax.Array:
+        """The public number that turns the sum into a mean."""
+        weight = float(self._weights_K[online_K].sum())
+        if self.plan.unit == "client":
+            # The expected number, not the realised one, which the guarantee does not cover.
+            weight *= self.plan.sampler.rates[0]
+        return jnp.float32(weight)
+
+    def _client_inputs(self, state: FederationState, selected_K: np.ndarray) -> ClientInputs:
+        count = len(self._names)
+        index, weight, participates = self.layout.shard(
+            (np.arange(count, dtype=np.int32), self._weights_K, selected_K)
+        )
+        optimizer = self.layout.shard(jax.device_get(state.clients))
+        return ClientInputs(index, self._tables, optimizer, weight, participates)
+
+    def _check_finite(self, outputs: ClientOutputs, round_number: int) -> None:
+        norms = np.asarray(outputs.message.norm)[: len(self._names)]
+        for name, norm in zip(self._names, norms, strict=True):
+            if not np.isfinite(norm):
+                raise UserError(
+                    f"round {round_number}: the update of cloud {name!r} is not finite, training "
+                    "diverged; lower [training] learning_rate (the last round's state is kept)"
+                )
+
+    def _online_names(self, online_K: np.ndarray) -> list[str]:
+        return [name for name, online in zip(self._names, online_K, strict=True) if online]
+
+    def _sum_on_host(
+        self,
+        outputs: ClientOutputs,
+        online_K: np.ndarray,
+        round_number: int,
+        seconds: dict[str, float],
+        sent: dict[str, int],
+        received: dict[str, int],
+        on_stage: OnStage,
+    ) -> np.ndarray:
+        """Encrypts each cloud's integers, adds the ciphertexts, decrypts the sum.
+
+        Clouds that were not sampled send encrypted zeros: who was is not to be seen.
+        """
+        assert self._secure_sum is not None
+        ints_KxP = np.asarray(outputs.message.ints_P)
+        alive = self._online_names(online_K)
+        on_stage("encrypt")
+        started = time.perf_counter()
+        messages = {
+            name: self._secure_sum.encode_message(
+                name, round_number, ints_KxP[self._names.index(name)].astype(np.int64)
+            )
+            for name in alive
+        }
+        seconds["encrypt"] = time.perf_counter() - started
+        on_stage("decrypt")
+        result = self._secure_sum.sum(messages, round_number, alive)
+        for stage, spent in result.seconds.items():
+            seconds["add" if stage == "add" else "decrypt"] += spent
+        for name in alive:
+            sent[name] = len(messages[name]) + result.bytes_up.get(name, 0)
+            received[name] = result.bytes_down.get(name, 0)
+        return result.total_P
+
+    def _report(
+        self,
+        round_number: int,
+        update_norm: jax.Array,
+        outputs: ClientOutputs,
+        online_K: np.ndarray,
+        seconds: dict[str, float],
+        sent: dict[str, int],
+        received: dict[str, int],
+    ) -> RoundReport:
+        metrics = jax.device_get(outputs.metrics)
+        links = {p.cloud.name: p.cloud.link for p in self.participants}
+        alive = self._online_names(online_K)
+        rows = {name: int(metrics.rows[k]) for k, name in enumerate(self._names)}
+        all_rows = max(sum(rows.values()), 1)
+        times = round_seconds(
+            {name: links[name] for name in alive},
+            {name: received[name] for name in alive},
+            {name: seconds["train"] * rows[name] / all_rows for name in alive},
+            {name: sent[name] for name in alive},
+        )
+        clouds = {}
+        for k, name in enumerate(self._names):
+            loss_train = float(metrics.loss_sum[k]) / rows[name] if rows[name] else None
+            link = times.down[name] + times.up[name] if name in times.down else 0.0
+            clouds[name] = CloudReport(
+                bool(online_K[k]), loss_train, rows[name], sent[name], received[name], link
+            )
+        if self._training.privacy is not None:
+            clipped = float(metrics.clipped[: len(self._names)].sum()) / all_rows
+        else:
+            norms = np.asarray(outputs.message.norm)[: len(self._names)]
+            clipped = float(np.mean((norms * self._weights_K > self._codec.max_norm)[online_K]))
+        length = self.participants[0].corpus.train.tokens_BxT.shape[1]
+        return RoundReport(
+            round=round_number,
+            clouds=clouds,
+            tokens=sum(rows.values()) * length,
+            update_norm=float(update_norm),
+            clipped_fraction=clipped,
+            seconds=dict(seconds),
+            seconds_virtual=times.seconds,
+        )
+
+
+def _row_loss(
+    model: Model,
+    base: PyTree,
+    adapter: Adapter,
+    row: Batch,
+    dtype: jax.typing.DTypeLike,
+    remat: bool,
+) -> jax.Array:
+    """Mean loss of one row in nats per answer token; 0 for a row without answer tokens."""
+    batch = jax.tree.map(lambda leaf_T: leaf_T[None], row)
+    nll_1, tokens_1 = loss(model.config, base, adapter, batch, dtype=dtype, remat=remat)
+    return nll_1[0] / jnp.maximum(tokens_1[0], 1).astype(jnp.float32)
+
+
+def _client_tables(participants: Sequence[Participant], training: LocalTraining) -> ClientTable:
+    """The clouds' rows in one table [K, N, T], shorter ones padded with empty rows."""
+    sizes = [len(participant.corpus.train.tokens_BxT) for participant in participants]
+    longest = max(sizes)
+
+    def stack(*leaves: np.ndarray) -> np.ndarray:
+        return np.stack(
+            [np.pad(leaf, [(0, longest - len(leaf)), (0, 0)]) for leaf in leaves]
+        )
+
+    rows = jax.tree.map(stack, *[participant.corpus.train for participant in participants])
+    # The sampler spec rounds rates down to float32 in the same way as the accountant's.
+    rates = [min(1.0, training.batch_size / size) for size in sizes]
+    spec = SamplerSpec("poisson", tuple(rates), training.steps)
+    return ClientTable(rows, np.array(sizes, np.int32), np.array(spec.rates, np.float32))
+
+
+def _scaled_weights(weights: Sequence[float] | None, count: int) -> np.ndarray:
+    if weights is None:
+        return np.ones(count, np.float32)
+    scaled = np.asarray(weights, np.float32)
+    if scaled.shape != (count,) or not np.all(np.isfinite(scaled)) or np.any(scaled <= 0):
+        raise UserError(f"weights must be {count} positive numbers, got {list(weights)}")
+    return scaled / scaled.max()
+
+
+def _fitting_bits(bits: int | None, clients: int) -> int:
+    """Bits of one coordinate such that a sum over all clients stays within int32."""
+    most = min(_MOST_BITS, _SUM_BITS - (clients - 1).bit_length())
+    if bits is None:
+        return most
+    if bits > most:
+        raise UserError(
+            f"[secure] bits must be at most {most} with {clients} clouds, got {bits}: a sum has "
+            "to fit 32 bits"
+        )
+    return bits
+
+
+def _on_first_device(tree: PyTree) -> PyTree:
+    """Takes one copy of a replicated tree, so that a state does not depend on the devices."""
+    return jax.tree.map(lambda leaf: jnp.asarray(jax.device_get(leaf)), tree)

@@ -1,0 +1,40 @@
+"""Randomness has an address: every key is derived from the seed, a purpose, a round and a client.
+
+A draw therefore never depends on how many draws came before it, on how clients are grouped, or
+on whether the run was interrupted: that is what makes a resumed run end in the same bytes.
+
+These keys are for simulation. Threefry keys hold 64 bits; secrets of the encrypted sum come from
+the operating system's generator and never from here.
+"""
+
+import enum
+
+import jax
+
+
+class Purpose(enum.IntEnum):
+    """What a draw is for. The numbers are part of a run's identity: never renumber them."""
+
+    ADAPTER_INIT = 1
+    EXAMPLE_SAMPLING = 2
+    LOCAL_NOISE = 3
+    CLIENT_SAMPLING = 4
+    SERVER_NOISE = 5
+
+
+def key_for(
+    seed: jax.Array,
+    purpose: Purpose,
+    round_index: jax.Array | int = 0,
+    client: jax.Array | int = 0,
+) -> jax.Array:
+    """Returns the key of one purpose, round and client.
+
+    Args:
+        seed: the run's key, `jax.random.key(seed)`.
+        purpose: what the draw is for.
+        round_index: the round, from 1; 0 for draws that belong to no round.
+        client: the client's index in the run file; 0 for the server's draws.
+    """
+    key = jax.random.fold_in(seed, int(purpose))
+    return jax.random.fold_in(jax.random.fold_in(key, round_index), client)

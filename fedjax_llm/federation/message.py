@@ -1,0 +1,80 @@
+"""From a client's change of the adapter to bounded integers, and from their sum back to a mean.
+
+The order is the one the guarantees need: weight, clip, round. The clip comes last among the
+real-valued steps so that nothing after it but rounding can lengthen the vector, and it leaves
+room for the rounding.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+
+from fedjax_llm.privacy import clip
+from fedjax_llm.secure import FixedPoint
+
+PyTree = Any
+
+
+class EncodedMessage(NamedTuple):
+    """One client's message before it is encrypted.
+
+    Attributes:
+        ints_P: int32, fixed-point coordinates, each within the codec's bound.
+        norm: float32, l2 norm of the change before clipping; not finite if training diverged.
+    """
+
+    ints_P: jax.Array
+    norm: jax.Array
+
+
+@dataclass(frozen=True)
+class MessageCodec:
+    """Fixed-point coding of a pytree of P float32 parameters.
+
+    Formal guarantee: the decoded message of any client has l2 norm at most `max_norm`, whatever
+    the client computed, rounding included; a tree with a non-finite leaf becomes all zeros and
+    is reported through `EncodedMessage.norm`.
+
+    Attributes:
+        size: P.
+        max_norm: largest l2 norm of a decoded message; with privacy unit `client` this is the
+            sensitivity of the sum.
+        fixed_point: step, bits and the proof that a sum of all clients cannot overflow.
+        unravel: the inverse of flattening.
+    """
+
+    size: int
+    max_norm: float
+    fixed_point: FixedPoint
+    unravel: Callable[[jax.Array], PyTree]
+
+    @classmethod
+    def for_tree(cls, tree: PyTree, *, max_norm: float, bits: int, clients: int) -> "MessageCodec":
+        """Builds the codec for trees shaped like `tree`, summed over at most `clients`."""
+        flat, unravel = ravel_pytree(tree)
+        fixed_point = FixedPoint(bits=bits, bound=max_norm, summands=clients)
+        return cls(flat.size, max_norm, fixed_point, unravel)
+
+    def encode(self, tree: PyTree, weight: jax.Array) -> EncodedMessage:
+        """Returns the message `weight * tree`; pure, may be vmapped over clients."""
+        flat_P = ravel_pytree(tree)[0]
+        norm = jnp.sqrt(jnp.sum(jnp.square(flat_P)))
+        clipped_P, _ = clip(flat_P * weight, self.fixed_point.clip_norm_before_rounding(self.size))
+        return EncodedMessage(self.fixed_point.encode(clipped_P), norm)
+
+    def decode_mean(self, total_P: jax.Array, weight_sum: jax.Array) -> PyTree:
+        """Returns the tree of means from the integer sum.
+
+        Args:
+            total_P: int32, the sum of the clients' integers.
+            weight_sum: float32 scalar, the sum of the weights that went into it.
+        """
+        return self.unravel(self.decode(total_P) / weight_sum)
+
+    def decode(self, total_P: jax.Array) -> jax.Array:
+        """Returns the integer sum in float32 units of the parameters."""
+        return total_P.astype(jnp.float32) * jnp.float32(self.fixed_point.step)

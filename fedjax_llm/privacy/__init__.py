@@ -1,0 +1,34 @@
+"""Differential privacy: clipping, exact Poisson sampling, Gaussian noise, and the plan that binds
+them to an accountant so that they cannot disagree."""
+
+from .clipping import ClippedGradSum as ClippedGradSum
+from .clipping import ClipStats as ClipStats
+from .clipping import clip as clip
+from .clipping import clip_norm_before_rounding as clip_norm_before_rounding
+from .clipping import clipped_grad_sum as clipped_grad_sum
+from .clipping import poisson_clipped_grad_sum as poisson_clipped_grad_sum
+from .noise import gaussian_noise_like as gaussian_noise_like
+from .plan import EpsilonReport as EpsilonReport
+from .plan import EpsilonRow as EpsilonRow
+from .plan import PrivacyPlan as PrivacyPlan
+from .sampler import SamplerSpec as SamplerSpec
+from .sampling import float32_rate as float32_rate
+from .sampling import poisson_sample as poisson_sample
+from .sampling import uniform_batches as uniform_batches
+
+__all__ = [
+    "ClipStats",
+    "ClippedGradSum",
+    "EpsilonReport",
+    "EpsilonRow",
+    "PrivacyPlan",
+    "SamplerSpec",
+    "clip",
+    "clip_norm_before_rounding",
+    "clipped_grad_sum",
+    "float32_rate",
+    "gaussian_noise_like",
+    "poisson_clipped_grad_sum",
+    "poisson_sample",
+    "uniform_batches",
+]

@@ -1,0 +1,180 @@
+"""The charts of a report: inline SVG whose colours are CSS variables, to follow the page.
+
+Matplotlib draws with one stand-in colour per role; the stand-ins are then replaced in the SVG by
+`var(--ink)`, `var(--series-0)` and so on, which the page defines for light and for dark.
+"""
+
+import io
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from fedjax_llm.runs.metrics import RoundRecord
+
+SERIES = 6
+_ROLES = {"ink": "#010101", "muted": "#020202", "grid": "#030303", "page": "#040404"} | {
+    f"series-{index}": f"#0505{index:02x}" for index in range(SERIES)
+}
+_DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (5, 2, 1.5, 2)))
+_STYLE: Any = {
+    "svg.fonttype": "none",  # text stays text: it takes the page's font and can be selected
+    "text.parse_math": False,  # a dollar sign in a cloud's name is a dollar sign
+    "font.size": 11,
+    "axes.edgecolor": _ROLES["grid"],
+    "axes.labelcolor": _ROLES["muted"],
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": _ROLES["grid"],
+    "grid.linewidth": 0.8,
+    "xtick.color": _ROLES["muted"],
+    "ytick.color": _ROLES["muted"],
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "text.color": _ROLES["ink"],
+    "legend.frameon": False,
+    "lines.solid_capstyle": "round",
+}
+
+
+def losses(records: Sequence[RoundRecord]) -> str | None:
+    """Held-out loss of each cloud over rounds; None when nothing was evaluated."""
+    names = _cloud_names(records)
+    lines = {
+        name: [
+            (record["round"], loss)
+            for record in records
+            if (loss := record.get("clouds", {}).get(name, {}).get("loss_eval_nats")) is not None
+        ]
+        for name in names
+    }
+    lines = {name: points for name, points in lines.items() if points}
+    if not lines:
+        return None
+
+    def draw(axes: Any) -> None:
+        for index, (name, points) in enumerate(lines.items()):
+            axes.plot(*zip(*points, strict=True), label=name, marker="o", **_line(index))
+        axes.set_ylabel("nats per token")
+
+    return _figure("losses", records, draw, legend=len(lines))
+
+
+def epsilon(records: Sequence[RoundRecord]) -> str | None:
+    """Epsilon spent over rounds; None when it cannot be certified in any round."""
+    points = [
+        (record["round"], spent)
+        for record in records
+        if (spent := record.get("epsilon")) is not None
+    ]
+    if not points:
+        return None
+
+    def draw(axes: Any) -> None:
+        xs, ys = zip(*points, strict=True)
+        axes.fill_between(xs, ys, color=_ROLES["series-3"], alpha=0.14, linewidth=0)
+        axes.plot(xs, ys, marker="o", **_line(3))
+        axes.annotate(
+            f"{ys[-1]:.2f}",
+            (xs[-1], ys[-1]),
+            xytext=(0, 9),
+            textcoords="offset points",
+            ha="center",
+        )
+        axes.set_ylim(0, max(ys) * 1.25 or 1)
+        axes.set_ylabel("epsilon")
+
+    return _figure("epsilon", records, draw)
+
+
+def uplink(records: Sequence[RoundRecord]) -> str | None:
+    """Bytes that each cloud uploads per round, stacked; None when nothing was sent."""
+    names = _cloud_names(records)
+    rounds = [record for record in records if record.get("uplink_bytes")]
+    if not rounds:
+        return None
+    sent = {
+        name: [record["clouds"].get(name, {}).get("uplink_bytes") or 0 for record in rounds]
+        for name in names
+    }
+    largest = max(sum(column) for column in zip(*sent.values(), strict=True))
+    unit, scale = next(
+        (unit, scale)
+        for unit, scale in (("MB", 1e6), ("kB", 1e3), ("bytes", 1.0))
+        if largest >= scale
+    )
+
+    def draw(axes: Any) -> None:
+        floor = [0.0] * len(rounds)
+        for index, (name, values) in enumerate(sent.items()):
+            heights = [value / scale for value in values]
+            axes.bar(
+                [record["round"] for record in rounds],
+                heights,
+                bottom=floor,
+                width=0.55,
+                label=name,
+                color=_ROLES[f"series-{index % SERIES}"],
+                edgecolor=_ROLES["page"],
+                linewidth=1,
+            )
+            floor = [low + height for low, height in zip(floor, heights, strict=True)]
+        axes.set_ylabel(f"{unit} per round")
+
+    return _figure("uplink", records, draw, legend=len(sent))
+
+
+def _figure(name: str, records: Sequence[RoundRecord], draw: Any, legend: int = 0) -> str:
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
+        figure = Figure(figsize=(6.4, 3.5), layout="constrained")
+        axes = figure.subplots()
+        draw(axes)
+        axes.set_xlabel("round")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        last = max((record["round"] for record in records), default=0)
+        axes.set_xlim(-0.4 if name != "uplink" else 0.4, max(last, 1) + 0.6)
+        if legend:
+            columns = min(legend, 4)
+            figure.legend(loc="outside upper left", ncols=columns, handlelength=1.4)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    return _themed(buffer.getvalue(), name)
+
+
+def _themed(svg: str, name: str) -> str:
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*pt"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*pt"', r"\1", svg, count=1)
+    # Ids are unique in a figure, not in a page that holds several.
+    svg = re.sub(r'\bid="', f'id="{name}-', svg)
+    svg = re.sub(r'(xlink:href="|url\()#', rf"\1#{name}-", svg)
+    svg = re.sub(r"font-family: [^;\"]*|(font: [\d.]+px) [^;\"]*", _inherit_font, svg)
+    for role, colour in _ROLES.items():
+        svg = svg.replace(colour, f"var(--{role})")
+    return svg
+
+
+def _inherit_font(match: re.Match[str]) -> str:
+    return f"{match.group(1)} var(--sans)" if match.group(1) else "font-family: var(--sans)"
+
+
+def _line(index: int) -> dict[str, Any]:
+    return {
+        "color": _ROLES[f"series-{index % SERIES}"],
+        "linestyle": _DASHES[index // SERIES % len(_DASHES)],
+        "linewidth": 2.2,
+        "markersize": 4.5,
+    }
+
+
+def _cloud_names(records: Sequence[RoundRecord]) -> list[str]:
+    return list(dict.fromkeys(name for record in records for name in record.get("clouds", {})))

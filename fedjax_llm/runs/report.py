@@ -1,0 +1,111 @@
+"""report.html: the result of a run on one page that asks nothing of any network.
+
+It is made from the run folder alone, so it can be made again at any time, and also of a run that
+was interrupted.
+"""
+
+import tomllib
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fedjax_llm.errors import UserError
+from fedjax_llm.runs import figures, metrics, summary, text
+from fedjax_llm.runs.folder import RunFolder
+
+# Stage of a round -> what a reader calls it; the order is that of the stacked bar.
+STAGE_NAMES = {
+    "train": "training",
+    "encrypt": "encrypting",
+    "add": "adding ciphertexts",
+    "decrypt": "decrypting the sum",
+    "evaluate": "evaluating",
+    "checkpoint": "checkpointing",
+}
+
+
+@dataclass(frozen=True)
+class Share:
+    """One part of the bar that shows where the time went."""
+
+    name: str
+    seconds: float
+    percent: float
+    series: int
+
+
+def write(folder: RunFolder) -> Path:
+    """Writes the report of a run folder and returns its path.
+
+    Raises:
+      UserError: the folder holds no finished round, or its metrics or summary are damaged.
+    """
+    return folder.write(folder.report.name, render(folder))
+
+
+def render(folder: RunFolder) -> str:
+    """The HTML of the report of a run folder."""
+    import jinja2
+
+    records = metrics.read(folder.metrics)
+    if not records:
+        raise UserError(f"{folder.path} has no finished round to report on yet; resume it first")
+    run_toml = folder.run_toml.read_text()
+    settings = tomllib.loads(run_toml)
+    result = summary.read(folder.summary)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("fedjax_llm.runs", "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        bytes=text.bytes_text, seconds=text.seconds_text, loss=text.loss_text
+    )
+    return environment.get_template("report.html.j2").render(
+        finished=result is not None,
+        result=result
+        or summary.summarise(records, name=str(settings["name"]), seed=settings.get("seed", 0)),
+        planned_rounds=settings["rounds"],
+        settings=settings,
+        records=records,
+        charts=_charts(records),
+        shares=_shares(records),
+        change=_change,
+        epsilon_text=partial(text.epsilon_text),
+        run_toml=run_toml,
+    )
+
+
+def _charts(records: list[metrics.RoundRecord]) -> dict[str, Any]:
+    import markupsafe
+
+    drawn = {
+        "losses": figures.losses(records),
+        "epsilon": figures.epsilon(records),
+        "uplink": figures.uplink(records),
+    }
+    # Matplotlib has escaped every text in its SVG; anything else stays subject to autoescape.
+    return {name: markupsafe.Markup(svg) if svg else None for name, svg in drawn.items()}
+
+
+def _shares(records: list[metrics.RoundRecord]) -> list[Share]:
+    spent = summary.summarise(records, name="", seed=0)
+    seconds = {name: spent.seconds[stage] for stage, name in STAGE_NAMES.items()}
+    seconds["other"] = max(spent.seconds_total - sum(seconds.values()), 0.0)
+    total = sum(seconds.values())
+    return [
+        Share(name, value, 100 * value / total, index)
+        for index, (name, value) in enumerate(seconds.items())
+        if value > 0
+    ]
+
+
+def _change(before: float | None, after: float | None) -> str:
+    """Relative change of a loss, such as `−12.3 %`; empty when either is missing."""
+    if before is None or after is None or before == 0:
+        return ""
+    percent = 100 * (after - before) / before
+    return f"{'−' if percent < 0 else '+'}{abs(percent):.1f} %"

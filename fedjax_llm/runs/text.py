@@ -1,0 +1,49 @@
+"""Numbers as people read them, the same in the terminal and in the report."""
+
+
+def bytes_text(count: float) -> str:
+    """Decimal units, three significant digits.
+
+    >>> bytes_text(1234567), bytes_text(12)
+    ('1.23 MB', '12 bytes')
+    """
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.3g} {unit}"
+    return f"{count:.0f} bytes"
+
+
+def seconds_text(seconds: float) -> str:
+    """Milliseconds to hours.
+
+    >>> seconds_text(0.0421), seconds_text(3.21), seconds_text(75), seconds_text(7260)
+    ('42 ms', '3.2 s', '1 min 15 s', '2 h 1 min')
+    """
+    if seconds < 1:
+        return f"{seconds * 1000:.0f} ms"
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def loss_text(loss: float | None) -> str:
+    """Four digits after the point; a dash for what was not measured.
+
+    >>> loss_text(2.34567), loss_text(None)
+    ('2.3457', '–')
+    """
+    return "–" if loss is None else f"{loss:.4f}"
+
+
+def epsilon_text(epsilon: float | None, reason: str = "") -> str:
+    """Epsilon, or why there is none.
+
+    >>> epsilon_text(3.14159), epsilon_text(None, "no noise is added")
+    ('3.14', 'not certified: no noise is added')
+    """
+    if epsilon is not None:
+        return f"{epsilon:.3g}"
+    return f"not certified: {reason}" if reason else "not certified"

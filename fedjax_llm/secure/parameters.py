@@ -1,0 +1,154 @@
+"""Which BFV parameters an encrypted sum takes: the smallest upload that is correct and secure.
+
+| symbol | name | meaning |
+|---|---|---|
+| M | ``max_sum`` | bound of a sum's absolute value, summands times the bound of one integer |
+| B, k | ``radix``, ``digits`` | 2M + 1, and the integers per slot (see ``slots``) |
+| t | ``plaintext_modulus`` | prime, at least B^k, 1 modulo 2N for slots to exist |
+| N | ``ring_dimension`` | slots per ciphertext; the first carries the canary |
+| Q | ``log_q`` bits | q_0 ... q_{l-1} of ``limb_bits`` each, times two primes of 60 bits for flooding |
+| T | ``parties`` | most clouds that decrypt together |
+
+Security. The Homomorphic Encryption Standard's table for 128 bits against classical attacks
+(uniform ternary secrets, error of standard deviation 3.19) allows log Q = 218 at N = 8192 and 438
+at N = 16384; OpenFHE checks the same table when it makes the context, and no parameters outside
+of it are chosen. The joint secret is the sum of n uniform ternary ones. It is wider than the
+table's distribution; an attacker who knows n - 1 shares (the strongest coalition short of all)
+faces one uniform ternary secret, which is the table's case, and any weaker attacker faces at
+least that.
+
+Correctness. Each partial decryption adds an error uniform in +-Q / (2 q_0) (OpenFHE,
+``NOISE_FLOODING_MULTIPARTY``); T of them and the ciphertext's own noise E must stay below
+Q / (2t), so that q_0 > T t (1 + 2 E q_0 / (T Q)). E is below 2^50 and Q / q_0 above 2^119: any q_0
+a quarter above T t will do.
+"""
+
+import math
+from dataclasses import dataclass
+
+from fedjax_llm.errors import UserError
+
+# OpenFHE's slot encoding and decoding is exact up to here and silently wrong from 52 bits on
+# (51 with some limb sizes; measured, and tested again whenever a context is made).
+MAX_PLAINTEXT_BITS = 50
+FLOODING_BITS = 120
+MIN_LIMB_BITS, MAX_LIMB_BITS = 30, 60
+HE_STANDARD_128 = {8192: 218, 16384: 438}
+_LARGEST_RING = max(HE_STANDARD_128)
+_ERROR_BOUND = 3.19 * 6  # what OpenFHE takes the Gaussian error to stay below
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """See the table of symbols above."""
+
+    max_abs: int
+    summands: int
+    parties: int
+    radix: int
+    digits: int
+    plaintext_modulus: int
+    limb_bits: int
+    message_limbs: int
+    ring_dimension: int
+
+    @property
+    def limbs(self) -> int:
+        """Residues per coefficient: the message's and the two for flooding."""
+        return self.message_limbs + 2
+
+    @property
+    def log_q(self) -> int:
+        """Bits of the ciphertext modulus."""
+        return self.message_limbs * self.limb_bits + FLOODING_BITS
+
+    @property
+    def per_ciphertext(self) -> int:
+        """Integers per ciphertext: all slots but the canary's."""
+        return (self.ring_dimension - 1) * self.digits
+
+    @property
+    def bytes_per_integer(self) -> float:
+        """Of a full ciphertext on the wire."""
+        return 2 * self.log_q * self.ring_dimension / 8 / self.per_ciphertext
+
+
+def is_prime(number: int) -> bool:
+    """Miller-Rabin with the bases that make it exact below 3.3e24 (Sorenson and Webster 2017)."""
+    bases = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41)
+    if number < 2:
+        return False
+    for base in bases:
+        if number % base == 0:
+            return number == base
+    odd, twos = number - 1, 0
+    while odd % 2 == 0:
+        odd, twos = odd // 2, twos + 1
+    for base in bases:
+        power = pow(base, odd, number)
+        if power in (1, number - 1):
+            continue
+        for _ in range(twos - 1):
+            power = power * power % number
+            if power == number - 1:
+                break
+        else:
+            return False
+    return True
+
+
+def _prime_from(least: int, step: int) -> int:
+    candidate = least + (1 - least) % step
+    while not is_prime(candidate):
+        candidate += step
+    return candidate
+
+
+def _noise_bits(modulus: int, summands: int, parties: int) -> int:
+    """OpenFHE's own bound on the bits of Q without flooding (its BFV parameter generation)."""
+    fresh = _ERROR_BOUND * (1 + 4 * math.sqrt(_LARGEST_RING) * parties)
+    return math.ceil(math.log2(modulus * (4 * ((summands + 1) * fresh + summands) + modulus)))
+
+
+def choose(max_abs: int, summands: int, parties: int) -> Parameters:
+    """The parameters with the fewest bytes per integer.
+
+    Args:
+        max_abs: bound of one client's integers, absolute.
+        summands: most clients of one sum.
+        parties: number of clouds that hold a key share.
+
+    Raises:
+        UserError: a single sum does not fit a slot of 50 bits.
+    """
+    if max_abs < 1 or summands < 1 or parties < 2:
+        raise UserError(
+            f"an encrypted sum needs max_abs and summands of at least 1 and 2 or more parties, "
+            f"got {max_abs}, {summands} and {parties}"
+        )
+    radix = 2 * max_abs * summands + 1
+    best: Parameters | None = None
+    for digits in range(1, MAX_PLAINTEXT_BITS):
+        modulus = _prime_from(max(radix**digits, 2 * _LARGEST_RING), 2 * _LARGEST_RING)
+        if modulus.bit_length() > MAX_PLAINTEXT_BITS:
+            break
+        noise = _noise_bits(modulus, summands, parties)
+        message_limbs = math.ceil(noise / MAX_LIMB_BITS)
+        # A prime of b bits that is 1 modulo 2N lies a hair below 2^b: 1.3 leaves the quarter.
+        flooded = math.ceil(math.log2(1.3 * parties * modulus))
+        limb_bits = max(math.ceil(noise / message_limbs), flooded, MIN_LIMB_BITS)
+        if limb_bits > MAX_LIMB_BITS:
+            break
+        log_q = message_limbs * limb_bits + FLOODING_BITS
+        ring = min(n for n, allowed in HE_STANDARD_128.items() if log_q <= allowed)
+        found = Parameters(
+            max_abs, summands, parties, radix, digits, modulus, limb_bits, message_limbs, ring
+        )
+        if best is None or found.bytes_per_integer < best.bytes_per_integer:
+            best = found
+    if best is None:
+        raise UserError(
+            f"sums of {summands} integers up to {max_abs} need more than {MAX_PLAINTEXT_BITS} "
+            "bits; use fewer bits per parameter or fewer clients per sum"
+        )
+    return best

@@ -1,0 +1,17 @@
+"""Local training: one client's update as a pure function, with or without example privacy."""
+
+from fedjax_llm.training.local import ClientMetrics as ClientMetrics
+from fedjax_llm.training.local import ClientTable as ClientTable
+from fedjax_llm.training.local import ExamplePrivacy as ExamplePrivacy
+from fedjax_llm.training.local import LocalTraining as LocalTraining
+from fedjax_llm.training.local import client_update as client_update
+from fedjax_llm.training.optimizers import OPTIMIZERS as OPTIMIZERS
+
+__all__ = [
+    "OPTIMIZERS",
+    "ClientMetrics",
+    "ClientTable",
+    "ExamplePrivacy",
+    "LocalTraining",
+    "client_update",
+]

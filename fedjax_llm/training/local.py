@@ -1,0 +1,197 @@
+"""One client's local update as a pure function of the global adapter, its own state and its keys.
+
+The frozen base model enters through `row_loss`: the caller receives the base as an argument of
+the compiled program and binds it while tracing, so it is never baked in as a constant.
+
+Notation: S local steps, N rows of the client's table, B rows a step, M rows a micro-batch.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fedjax_llm.privacy import (
+    gaussian_noise_like,
+    poisson_clipped_grad_sum,
+    poisson_sample,
+    uniform_batches,
+)
+
+PyTree = Any
+RowLoss = Callable[[PyTree, PyTree], jax.Array]
+
+
+@dataclass(frozen=True)
+class ExamplePrivacy:
+    """Per-example clipping and noise inside each local step (DP-SGD, arXiv 1607.00133).
+
+    Attributes:
+        clip_norm: largest l2 norm of one example's gradient.
+        noise_multiplier: standard deviation of the noise on the summed gradient, in clip norms.
+    """
+
+    clip_norm: float
+    noise_multiplier: float
+
+
+@dataclass(frozen=True)
+class LocalTraining:
+    """What every client does between two broadcasts.
+
+    Attributes:
+        optimizer: the client's optax transformation; its state stays with the client.
+        steps: local optimiser steps a round, S.
+        batch_size: rows a step, B; the expected number where rows are Poisson-sampled.
+        microbatch: rows whose activations are in memory at once, M.
+        privacy: example-level clipping and noise, or None.
+    """
+
+    optimizer: optax.GradientTransformation
+    steps: int
+    batch_size: int
+    microbatch: int
+    privacy: ExamplePrivacy | None = None
+
+
+class ClientTable(NamedTuple):
+    """One client's training rows, padded to the cohort's common length N.
+
+    Attributes:
+        rows: a pytree of arrays with N leading rows; with example privacy a row is one example.
+        population: int32 scalar, how many of the N rows are real.
+        rate: float32 scalar, the probability with which a Poisson-sampled step takes a row.
+    """
+
+    rows: PyTree
+    population: jax.Array
+    rate: jax.Array
+
+
+class ClientMetrics(NamedTuple):
+    """What a client measured in a round. Scalars; not covered by any privacy guarantee.
+
+    Attributes:
+        loss_sum: float32, loss in nats summed over the rows of all steps.
+        rows: float32, rows of all steps.
+        clipped: float32, rows whose gradient was clipped (0 without example privacy).
+    """
+
+    loss_sum: jax.Array
+    rows: jax.Array
+    clipped: jax.Array
+
+
+def client_update(
+    row_loss: RowLoss,
+    training: LocalTraining,
+    trainable: PyTree,
+    optimizer_state: PyTree,
+    table: ClientTable,
+    sampling_key: jax.Array,
+    noise_key: jax.Array,
+) -> tuple[PyTree, PyTree, ClientMetrics]:
+    """Trains the adapter on one client's rows for `training.steps` steps.
+
+    With example privacy, each step takes every row with probability `table.rate`, clips each
+    row's gradient, adds Gaussian noise to the sum and divides by the *expected* batch size: that
+    one is a public constant, the realised one is not. Without it, rows are shuffled and taken
+    `training.batch_size` at a time.
+
+    Args:
+        row_loss: `(trainable, row) -> loss in nats`, the mean over the row's answer tokens.
+        training: steps, batch sizes, optimiser, privacy.
+        trainable: the part of the adapter that is trained, float32 leaves.
+        optimizer_state: the client's optimiser state after its last round.
+        table: the client's rows.
+        sampling_key: key of this client's choice of rows in this round.
+        noise_key: key of this client's noise in this round.
+
+    Returns:
+        The trained tree, the new optimiser state and the measurements.
+    """
+    gradient = _plain_gradient if training.privacy is None else _private_gradient
+
+    def step(
+        carry: tuple[PyTree, PyTree], step_index: jax.Array
+    ) -> tuple[tuple[PyTree, PyTree], ClientMetrics]:
+        params, state = carry
+        grads, metrics = gradient(
+            row_loss,
+            training,
+            params,
+            table,
+            step_index,
+            sampling_key,
+            jax.random.fold_in(noise_key, step_index),
+        )
+        updates, state = training.optimizer.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), metrics
+
+    (trained, optimizer_state), metrics_S = jax.lax.scan(
+        step, (trainable, optimizer_state), jnp.arange(training.steps)
+    )
+    return trained, optimizer_state, jax.tree.map(lambda m: jnp.sum(m, axis=0), metrics_S)
+
+
+def _private_gradient(
+    row_loss: RowLoss,
+    training: LocalTraining,
+    params: PyTree,
+    table: ClientTable,
+    step_index: jax.Array,
+    sampling_key: jax.Array,
+    noise_key: jax.Array,
+) -> tuple[PyTree, ClientMetrics]:
+    privacy = training.privacy
+    assert privacy is not None
+    size = jax.tree.leaves(table.rows)[0].shape[0]
+    indices_N, count = poisson_sample(
+        jax.random.fold_in(sampling_key, step_index), table.population, table.rate, size
+    )
+    total, stats = poisson_clipped_grad_sum(
+        row_loss, params, table.rows, indices_N, count, privacy.clip_norm, training.microbatch
+    )
+    noise = gaussian_noise_like(noise_key, total, privacy.noise_multiplier * privacy.clip_norm)
+    mean = jax.tree.map(lambda t, n: (t + n) / training.batch_size, total, noise)
+    return mean, ClientMetrics(stats.loss * stats.weight, stats.weight, stats.clipped)
+
+
+def _plain_gradient(
+    row_loss: RowLoss,
+    training: LocalTraining,
+    params: PyTree,
+    table: ClientTable,
+    step_index: jax.Array,
+    sampling_key: jax.Array,
+    noise_key: jax.Array,
+) -> tuple[PyTree, ClientMetrics]:
+    del noise_key
+    size = jax.tree.leaves(table.rows)[0].shape[0]
+    # One shuffle serves the round; every step cuts its batch out of the same one.
+    indices_SxB = uniform_batches(
+        sampling_key, table.population, size, training.steps, training.batch_size
+    )
+    microbatches = -(-training.batch_size // training.microbatch)
+    padding = microbatches * training.microbatch - training.batch_size
+    indices_QxM = jnp.pad(indices_SxB[step_index], (0, padding)).reshape(microbatches, -1)
+    present_QxM = (jnp.arange(indices_QxM.size) < training.batch_size).reshape(indices_QxM.shape)
+
+    def loss_sum(candidate: PyTree, indices_M: jax.Array, present_M: jax.Array) -> jax.Array:
+        rows = jax.tree.map(lambda leaf: leaf[indices_M], table.rows)
+        loss_M = jax.vmap(row_loss, in_axes=(None, 0))(candidate, rows)
+        return jnp.sum(jnp.where(present_M, loss_M, jnp.float32(0)))
+
+    def add_microbatch(
+        carry: tuple[jax.Array, PyTree], inputs: tuple[jax.Array, jax.Array]
+    ) -> tuple[tuple[jax.Array, PyTree], None]:
+        found = jax.value_and_grad(loss_sum)(params, *inputs)
+        return jax.tree.map(jnp.add, carry, found), None
+
+    start = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
+    (loss, total), _ = jax.lax.scan(add_microbatch, start, (indices_QxM, present_QxM))
+    mean = jax.tree.map(lambda leaf: leaf / training.batch_size, total)
+    return mean, ClientMetrics(loss, jnp.float32(training.batch_size), jnp.float32(0))

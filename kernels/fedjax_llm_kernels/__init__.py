@@ -1,0 +1,1 @@
+"""Numerical kernels, arrays in and arrays out, each with an XLA reference; imports only jax."""

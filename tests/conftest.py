@@ -1,0 +1,23 @@
+"""Fixtures that find the reference data; tests that need it skip with a reason where it is missing."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of reference data beside the project."""
+    folder = Path(os.environ.get("FEDJAX_LLM_SHARED", ROOT.parent / "shared"))
+    if not folder.is_dir():
+        pytest.skip("needs the reference data in ../shared (or FEDJAX_LLM_SHARED)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def stories260k(shared: Path) -> Path:
+    """The smallest real model: five layers, 64 wide, vocabulary 512."""
+    return shared / "models" / "stories260K"
