@@ -1,0 +1,64 @@
+"""fedjax_llm: federated fine-tuning of language models across clouds, in JAX.
+
+Everything a run file does can be composed from these objects; see `experiments/notebooks`.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedjax_llm.aggregation import factor_averaging as factor_averaging
+    from fedjax_llm.aggregation import ffa_lora as ffa_lora
+    from fedjax_llm.clouds import Cloud as Cloud
+    from fedjax_llm.clouds import Link as Link
+    from fedjax_llm.data import CorpusSpec as CorpusSpec
+    from fedjax_llm.data import load_corpus as load_corpus
+    from fedjax_llm.errors import Refused as Refused
+    from fedjax_llm.errors import UserError as UserError
+    from fedjax_llm.federation import Federation as Federation
+    from fedjax_llm.federation import Participant as Participant
+    from fedjax_llm.federation import Plain as Plain
+    from fedjax_llm.federation import Threshold as Threshold
+    from fedjax_llm.lora import LoraConfig as LoraConfig
+    from fedjax_llm.models import generate as generate
+    from fedjax_llm.models import get_model as get_model
+    from fedjax_llm.models import load_model as load_model
+    from fedjax_llm.privacy import PrivacyPlan as PrivacyPlan
+    from fedjax_llm.training import ExamplePrivacy as ExamplePrivacy
+    from fedjax_llm.training import LocalTraining as LocalTraining
+
+_HOMES = {
+    "Cloud": "clouds",
+    "CorpusSpec": "data",
+    "ExamplePrivacy": "training",
+    "Federation": "federation",
+    "Link": "clouds",
+    "LocalTraining": "training",
+    "LoraConfig": "lora",
+    "Participant": "federation",
+    "Plain": "federation",
+    "PrivacyPlan": "privacy",
+    "Refused": "errors",
+    "Threshold": "federation",
+    "UserError": "errors",
+    "factor_averaging": "aggregation",
+    "ffa_lora": "aggregation",
+    "generate": "models",
+    "get_model": "models",
+    "load_corpus": "data",
+    "load_model": "models",
+}
+
+__all__ = sorted(_HOMES)
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    # Names are looked up on first use, so that `fedjax-llm --help` does not wait for JAX.
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fedjax_llm' has no attribute {name!r}")
+    return getattr(import_module(f"fedjax_llm.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

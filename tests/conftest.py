@@ -21,3 +21,14 @@ def shared() -> Path:
 def stories260k(shared: Path) -> Path:
     """The smallest real model: five layers, 64 wide, vocabulary 512."""
     return shared / "models" / "stories260K"
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct as a Hugging Face folder, from the cache; never fetched by a test."""
+    from fedjax_llm.models.hub import cached
+
+    folder = cached("smollm2-135m")
+    if folder is None:
+        pytest.skip("needs SmolLM2 in the cache; run `fedjax-llm models get smollm2-135m`")
+    return folder

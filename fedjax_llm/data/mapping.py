@@ -147,7 +147,7 @@ def _parse(template: str, field_name: str) -> list[tuple[str, str]]:
 def _fill(template: list[tuple[str, str]], cells: dict[str, str]) -> str:
     # A template whose columns are all empty is empty: a lone "Q:" is not a question.
     if any(column for _, column in template) and not any(
-        cells[column] for _, column in template if column
+        cells[column].strip() for _, column in template if column
     ):
         return ""
     return normalise_text("".join(text + (cells[col] if col else "") for text, col in template))
@@ -161,8 +161,11 @@ def _check_columns(rows: Sequence[MappingABC[str, Any]], wanted: Iterable[str]) 
         known.update(dict.fromkeys(row))
     for column in wanted:
         if column not in known:
-            near = difflib.get_close_matches(column, list(known), n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else "name one of these in the mapping"
+            folded = {name.casefold(): name for name in known}
+            near = difflib.get_close_matches(column.casefold(), list(folded), n=1, cutoff=0.5)
+            hint = (
+                f"did you mean {folded[near[0]]!r}?" if near else "name one of these in the mapping"
+            )
             raise UserError(
                 f"mapping: no column {column!r}; the rows have {', '.join(known)}; {hint}"
             )

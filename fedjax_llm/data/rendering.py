@@ -34,9 +34,9 @@ class Rendered:
     Attributes:
       tokens: Token ids, at most `max_length`.
       loss_mask: For each token, whether it is a target.
-      cut: What did not fit: "nothing"; "context", shortened at its end; "answer", shortened at its
-        end after the context was dropped, so that there is no end-of-turn token either; "all",
-        when no token of the answer fits and the example teaches nothing.
+      cut: What did not fit: "nothing"; "context", shortened at its end or dropped; "answer",
+        shortened at its end after the context was dropped, so that there is no end-of-turn token
+        either; "all", when no token of the answer fits and the example teaches nothing.
     """
 
     tokens: list[int]
@@ -51,7 +51,7 @@ class RenderReport:
     Attributes:
       records: Records that came in.
       kept: Examples that came out; `records` less `lost`.
-      context_cut: Kept examples whose context was shortened.
+      context_cut: Kept examples whose context was shortened or dropped, with the answer whole.
       answer_cut: Kept examples whose answer was shortened.
       lost: Records dropped because no token of the answer fits.
     """
@@ -108,6 +108,8 @@ def render(
         if fitted is not None:
             return fitted
         tokens, mask = _tokens(replace(record, context=""), tokenizer, template, system)
+        if len(tokens) <= max_length:
+            return Rendered(tokens, mask, "context")
     tokens, mask = tokens[:max_length], mask[:max_length]
     return Rendered(tokens, mask, "answer" if any(mask) else "all")
 

@@ -1,0 +1,29 @@
+"""The federation: clouds around one frozen base model, trained as one batched program."""
+
+from fedjax_llm.federation.cohort import CohortLayout as CohortLayout
+from fedjax_llm.federation.federation import Federation as Federation
+from fedjax_llm.federation.keys import Purpose as Purpose
+from fedjax_llm.federation.keys import key_for as key_for
+from fedjax_llm.federation.reports import CloudReport as CloudReport
+from fedjax_llm.federation.reports import RoundReport as RoundReport
+from fedjax_llm.federation.state import FederationState as FederationState
+from fedjax_llm.federation.state import init_state as init_state
+from fedjax_llm.federation.sums import Plain as Plain
+from fedjax_llm.federation.sums import SumMode as SumMode
+from fedjax_llm.federation.sums import Threshold as Threshold
+from fedjax_llm.federation.tables import Participant as Participant
+
+__all__ = [
+    "CloudReport",
+    "CohortLayout",
+    "Federation",
+    "FederationState",
+    "Participant",
+    "Plain",
+    "Purpose",
+    "RoundReport",
+    "SumMode",
+    "Threshold",
+    "init_state",
+    "key_for",
+]

@@ -53,9 +53,7 @@ class CohortLayout:
         devices = list(devices or jax.devices())
         if group is None:
             group = 1 if devices[0].platform == "cpu" else min(clients, 8)
-        mesh = jax.make_mesh(
-            (len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices
-        )
+        mesh = jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
         return cls(mesh, clients, group)
 
     @property

@@ -79,5 +79,3 @@ class HeldOut:
     def rows(self) -> int:
         """Rows of all clouds together."""
         return sum(self._rows)
-
-

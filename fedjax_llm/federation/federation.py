@@ -7,65 +7,31 @@ the keys of the encrypted sum); `FederationState` is a pytree that holds all tha
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_llm.aggregation import AggregationRule, ServerState
-from fedjax_llm.clouds import Cloud, check_unique, round_seconds
-from fedjax_llm.data import Corpus
+from fedjax_llm.aggregation import AggregationRule
+from fedjax_llm.clouds import check_unique, round_seconds
 from fedjax_llm.errors import Refused, UserError
 from fedjax_llm.federation.cohort import ClientInputs, ClientOutputs, CohortLayout
 from fedjax_llm.federation.evaluation import HeldOut
 from fedjax_llm.federation.keys import Purpose, key_for
-from fedjax_llm.federation.message import MessageCodec
+from fedjax_llm.federation.message import MessageCodec, fitting_bits
 from fedjax_llm.federation.programs import RoundPrograms
 from fedjax_llm.federation.reports import CloudReport, RoundReport
+from fedjax_llm.federation.state import FederationState, init_state
 from fedjax_llm.federation.sums import Plain, SumMode
+from fedjax_llm.federation.tables import Participant, client_tables, sampler_of, scaled_weights
 from fedjax_llm.lora import Adapter, LoraConfig, init_adapter
 from fedjax_llm.models import Batch, Model, loss
-from fedjax_llm.privacy import PrivacyPlan, SamplerSpec, poisson_sample
-from fedjax_llm.training import ClientTable, LocalTraining
+from fedjax_llm.privacy import PrivacyPlan, poisson_sample
+from fedjax_llm.training import LocalTraining
 
 PyTree = Any
 OnStage = Callable[[str], None]
-
-# Integers of a sum stay within int32, so that they are exact on every accelerator.
-_SUM_BITS = 31
-_MOST_BITS = 24
-
-
-@dataclass(frozen=True)
-class Participant:
-    """A cloud with its data.
-
-    Attributes:
-        cloud: name and link.
-        corpus: its training and evaluation rows; they never leave it.
-        offline_rounds: rounds in which it cannot be reached: it neither trains nor decrypts.
-    """
-
-    cloud: Cloud
-    corpus: Corpus
-    offline_rounds: frozenset[int] = frozenset()
-
-
-class FederationState(NamedTuple):
-    """All that changes from round to round; a pytree of arrays.
-
-    Attributes:
-        round: int32 scalar, rounds done.
-        server: global adapter and server optimiser.
-        clients: the clients' optimiser states, leaves [K, ...] in the order of the clouds.
-    """
-
-    round: jax.Array
-    server: ServerState
-    clients: PyTree
-
 
 class Federation:
     """Clouds that fine-tune one model together.
@@ -80,7 +46,7 @@ class Federation:
         sum_mode: how messages are added.
         update_bound: largest l2 norm of one cloud's message; longer ones are shortened to it.
             With privacy unit `client` the plan's clip norm takes its place.
-        value_bits: bits of one coordinate on the wire; as many as fit, up to 24, by default.
+        value_bits: bits of one coordinate on the wire; `fitting_bits` chooses by default.
         weights: each cloud's public weight in the mean, scaled to a largest of 1; uniform if None.
         seed: of all simulated randomness.
         dtype: of activations.
@@ -130,7 +96,7 @@ class Federation:
         self._rule = rule
         self._seed = jax.random.key(seed)
         self._names = tuple(participant.cloud.name for participant in participants)
-        self._weights_K = _scaled_weights(weights, len(participants))
+        self._weights_K = scaled_weights(weights, len(participants))
         self.layout = CohortLayout.over(len(participants), clients_at_once, devices)
         self._check_plan()
 
@@ -140,7 +106,7 @@ class Federation:
         self._codec = MessageCodec.for_tree(
             template,
             max_norm=plan.clip_norm if plan.unit == "client" else update_bound,
-            bits=_fitting_bits(value_bits, len(participants)),
+            bits=fitting_bits(value_bits, len(participants)),
             clients=len(participants),
         )
         self._programs = RoundPrograms(
@@ -152,7 +118,7 @@ class Federation:
             plan.noise_stddev if plan.unit == "client" else 0.0,
         )
         self._base = self.layout.replicate(model.base)
-        self._tables = self.layout.shard(_client_tables(self.participants, training))
+        self._tables = self.layout.shard(client_tables(self.participants, training))
         self._held_out = HeldOut(
             self.layout,
             [participant.corpus.evaluation for participant in participants],
@@ -181,15 +147,14 @@ class Federation:
 
     def init(self) -> FederationState:
         """Returns the state before the first round."""
-        adapter = init_adapter(
-            self.model.config, self.lora, key_for(self._seed, Purpose.ADAPTER_INIT)
+        return init_state(
+            self.model.config,
+            self.lora,
+            self._rule,
+            self._training,
+            self._seed,
+            len(self._names),
         )
-        server = self._rule.init(adapter)
-        one = self._training.optimizer.init(self._rule.trainable(adapter))
-        clients = jax.tree.map(
-            lambda leaf: jnp.broadcast_to(leaf, (len(self._names), *jnp.shape(leaf))), one
-        )
-        return FederationState(jnp.int32(0), server, clients)
 
     def evaluate(self, state: FederationState) -> dict[str, float]:
         """Returns each cloud's held-out loss in nats per answer token."""
@@ -285,15 +250,12 @@ class Federation:
                     f"local training clips and noises with {done}, the plan accounts for "
                     f"{(plan.clip_norm, plan.noise_multiplier)}"
                 )
-            rows = [len(p.corpus.train.tokens_BxT) for p in self.participants]
-            packed = any(np.max(p.corpus.train.segments_BxT) > 1 for p in self.participants)
-            if packed:
+            if any(np.max(p.corpus.train.segments_BxT) > 1 for p in self.participants):
                 raise Refused("a row holds several examples; pack nothing with unit 'example'")
-            if tuple(rows) != plan.units:
-                raise Refused(f"the plan accounts for {plan.units} examples, the clouds hold {rows}")
-            rates = tuple(self._training.batch_size / count for count in rows)
-            kind = "full" if set(rates) == {1.0} else "poisson"
-            self.plan.check_sampler(SamplerSpec(kind, rates, self._training.steps))
+            rows = tuple(participant.rows for participant in self.participants)
+            if rows != plan.units:
+                raise Refused(f"the plan counts {plan.units} examples, the clouds hold {rows}")
+            plan.check_sampler(sampler_of(self.participants, self._training))
         if plan.unit == "client":
             if plan.units != (len(self.participants),):
                 raise Refused(
@@ -372,8 +334,10 @@ class Federation:
         seconds["encrypt"] = time.perf_counter() - started
         on_stage("decrypt")
         result = self._secure_sum.sum(messages, round_number, alive)
-        for stage, spent in result.seconds.items():
-            seconds["add" if stage == "add" else "decrypt"] += spent
+        seconds["add"] = result.seconds.get("add", 0.0)
+        seconds["decrypt"] = sum(
+            spent for stage, spent in result.seconds.items() if stage not in ("encrypt", "add")
+        )
         for name in alive:
             sent[name] = len(messages[name]) + result.bytes_up.get(name, 0)
             received[name] = result.bytes_down.get(name, 0)
@@ -436,45 +400,6 @@ def _row_loss(
     batch = jax.tree.map(lambda leaf_T: leaf_T[None], row)
     nll_1, tokens_1 = loss(model.config, base, adapter, batch, dtype=dtype, remat=remat)
     return nll_1[0] / jnp.maximum(tokens_1[0], 1).astype(jnp.float32)
-
-
-def _client_tables(participants: Sequence[Participant], training: LocalTraining) -> ClientTable:
-    """The clouds' rows in one table [K, N, T], shorter ones padded with empty rows."""
-    sizes = [len(participant.corpus.train.tokens_BxT) for participant in participants]
-    longest = max(sizes)
-
-    def stack(*leaves: np.ndarray) -> np.ndarray:
-        return np.stack(
-            [np.pad(leaf, [(0, longest - len(leaf)), (0, 0)]) for leaf in leaves]
-        )
-
-    rows = jax.tree.map(stack, *[participant.corpus.train for participant in participants])
-    # The sampler spec rounds rates down to float32 in the same way as the accountant's.
-    rates = [min(1.0, training.batch_size / size) for size in sizes]
-    spec = SamplerSpec("poisson", tuple(rates), training.steps)
-    return ClientTable(rows, np.array(sizes, np.int32), np.array(spec.rates, np.float32))
-
-
-def _scaled_weights(weights: Sequence[float] | None, count: int) -> np.ndarray:
-    if weights is None:
-        return np.ones(count, np.float32)
-    scaled = np.asarray(weights, np.float32)
-    if scaled.shape != (count,) or not np.all(np.isfinite(scaled)) or np.any(scaled <= 0):
-        raise UserError(f"weights must be {count} positive numbers, got {list(weights)}")
-    return scaled / scaled.max()
-
-
-def _fitting_bits(bits: int | None, clients: int) -> int:
-    """Bits of one coordinate such that a sum over all clients stays within int32."""
-    most = min(_MOST_BITS, _SUM_BITS - (clients - 1).bit_length())
-    if bits is None:
-        return most
-    if bits > most:
-        raise UserError(
-            f"[secure] bits must be at most {most} with {clients} clouds, got {bits}: a sum has "
-            "to fit 32 bits"
-        )
-    return bits
 
 
 def _on_first_device(tree: PyTree) -> PyTree:

@@ -13,10 +13,17 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
+from fedjax_llm.errors import UserError
 from fedjax_llm.privacy import clip
-from fedjax_llm.secure import FixedPoint
+from fedjax_llm.secure.fixed_point import FixedPoint
 
 PyTree = Any
+
+# Integers of a sum stay within int32, so that they are exact on every accelerator.
+_SUM_BITS = 31
+# Two coordinates share a slot of the encrypted sum as long as a sum takes no more than this.
+_PAIRED_SUM_BITS = 25
+_COARSEST_DEFAULT = 16
 
 
 class EncodedMessage(NamedTuple):
@@ -55,7 +62,8 @@ class MessageCodec:
     @classmethod
     def for_tree(cls, tree: PyTree, *, max_norm: float, bits: int, clients: int) -> "MessageCodec":
         """Builds the codec for trees shaped like `tree`, summed over at most `clients`."""
-        flat, unravel = ravel_pytree(tree)
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)
+        flat, unravel = ravel_pytree(zeros)
         fixed_point = FixedPoint(bits=bits, bound=max_norm, summands=clients)
         return cls(flat.size, max_norm, fixed_point, unravel)
 
@@ -63,18 +71,34 @@ class MessageCodec:
         """Returns the message `weight * tree`; pure, may be vmapped over clients."""
         flat_P = ravel_pytree(tree)[0]
         norm = jnp.sqrt(jnp.sum(jnp.square(flat_P)))
-        clipped_P, _ = clip(flat_P * weight, self.fixed_point.clip_norm_before_rounding(self.size))
+        room = self.fixed_point.clip_norm_before_rounding(self.max_norm, self.size)
+        clipped_P, _ = clip(flat_P * weight, room)
         return EncodedMessage(self.fixed_point.encode(clipped_P), norm)
-
-    def decode_mean(self, total_P: jax.Array, weight_sum: jax.Array) -> PyTree:
-        """Returns the tree of means from the integer sum.
-
-        Args:
-            total_P: int32, the sum of the clients' integers.
-            weight_sum: float32 scalar, the sum of the weights that went into it.
-        """
-        return self.unravel(self.decode(total_P) / weight_sum)
 
     def decode(self, total_P: jax.Array) -> jax.Array:
         """Returns the integer sum in float32 units of the parameters."""
         return total_P.astype(jnp.float32) * jnp.float32(self.fixed_point.step)
+
+
+def fitting_bits(bits: int | None, clients: int) -> int:
+    """Returns the bits of one coordinate such that a sum over all clients fits its place.
+
+    Without a wish, as many as let two coordinates share a slot of the encrypted sum, the same
+    for every kind of sum, but at least 16.
+
+    Raises:
+        UserError: with `bits` as wished, a sum could exceed 32 bits.
+
+    >>> fitting_bits(None, 3), fitting_bits(None, 1000), fitting_bits(20, 3)
+    (23, 16, 20)
+    """
+    spread = (clients - 1).bit_length()
+    most = _SUM_BITS - spread
+    if bits is None:
+        return min(most, max(_COARSEST_DEFAULT, _PAIRED_SUM_BITS - spread))
+    if bits > most:
+        raise UserError(
+            f"[secure] bits must be at most {most} with {clients} clouds, got {bits}: a sum has "
+            "to fit 32 bits"
+        )
+    return bits

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedjax_llm.secure import FixedPoint, SecureSum
+from fedjax_llm.secure.fixed_point import FixedPoint
+from fedjax_llm.secure.sums import SecureSum
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,12 @@ class Threshold:
         """Runs the key ceremony among `clouds` for messages of `size` integers."""
         from fedjax_llm.secure.threshold import ThresholdSum
 
-        return ThresholdSum.setup(
+        return ThresholdSum(
             tuple(clouds),
             threshold=self.threshold,
             count=size,
             max_abs=fixed_point.max_int,
+            summands=len(clouds),
         )
 
 

@@ -2,8 +2,9 @@
 
 A template is Jinja source that arrives with a model, so it is untrusted. It is rendered in an
 immutable sandbox: no attribute that starts with an underscore, no method that changes an object,
-no import, no file. The environment offers what Hugging Face's renderer offers (the same white-space
-rules, filters, globals and tags), so a template gives the same text here and there.
+no import, no file. (It can still waste time and memory; the sandbox bounds neither.) The
+environment offers what Hugging Face's renderer offers (the same white-space rules, filters, globals
+and tags), so a template gives the same text here and there.
 """
 
 import datetime
@@ -21,12 +22,12 @@ from fedjax_llm.errors import UserError
 
 Message = Mapping[str, Any]
 
-# No conversation needs more; a template that loops forever over strings is stopped by its own size.
+# The longest published templates (tool use, several languages) have some 20,000.
 MAX_TEMPLATE_CHARS = 200_000
 
 
 class _GenerationTag(Extension):
-    """`{% generation %}...{% endgeneration %}`, which marks the assistant's text, renders as its body."""
+    """`{% generation %}`, with which templates mark the assistant's text, renders as its body."""
 
     tags = {"generation"}  # noqa: RUF012 - declared so by jinja2
 

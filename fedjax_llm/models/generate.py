@@ -112,14 +112,10 @@ def _greedy(
         )
         assert grown is not None
         x_1xD = decoder.norm(jax.lax.dynamic_index_in_dim(x_1xTxD, last, axis=1, keepdims=False))
-        logits_1xV = jnp.einsum(
-            "bd,vd->bv", x_1xD, unembed_VxD, preferred_element_type=jnp.float32
-        )
+        logits_1xV = jnp.einsum("bd,vd->bv", x_1xD, unembed_VxD, preferred_element_type=jnp.float32)
         return jnp.argmax(logits_1xV[0]).astype(jnp.int32), grown
 
-    empty = jnp.zeros(
-        (config.num_layers, 1, capacity, config.num_kv_heads, config.head_dim), dtype
-    )
+    empty = jnp.zeros((config.num_layers, 1, capacity, config.num_kv_heads, config.head_dim), dtype)
     # Padding after the prompt leaves keys in the cache; each is overwritten by the token generated
     # for its slot before the mask lets any query see that slot.
     token, cache = run(prompt_1xP, Cache(empty, empty), jnp.int32(0), length - 1)

@@ -1,8 +1,8 @@
 """The container format GGUF: metadata and memory-mapped tensors, with every length checked.
 
-The `gguf` package reads the same format, but builds one array object for every token of a vocabulary
-(seconds), and follows whatever lengths a damaged file states. Its tables of block sizes and its
-dequantisation are used here.
+The `gguf` package reads the same format, but builds one array object for every token of a
+vocabulary (seconds), and follows whatever lengths a damaged file states. Its tables of block sizes
+and its dequantisation are used here.
 
 Layout (little-endian): magic "GGUF", u32 version, u64 tensor count, u64 metadata count; metadata as
 (string key, u32 type, value); tensors as (string name, u32 dimensions, u64 each, u32 type, u64
@@ -11,6 +11,7 @@ offset); padding to `general.alignment`; the tensors' bytes. A string is a u64 l
 
 import math
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ _SCALARS = {
     12: "<f8",
 }
 _LARGEST_HEADER_COUNT = 1_000_000
+_LONGEST_NAME = 128
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,45 @@ class GgufFile:
     path: Path
     metadata: dict[str, Any]
     tensors: dict[str, GgufTensor]
+
+
+def scalar[T: (int, float, str, bool)](
+    metadata: Mapping[str, Any], key: str, kind: type[T], default: T | None = None
+) -> T:
+    """One metadata value, checked to be of the kind that is needed.
+
+    Raises:
+        UserError: missing without a default, of another kind, or (numbers) not finite or negative.
+    """
+    value = metadata.get(key, default)
+    if value is None:
+        raise UserError(f"GGUF metadata {key} is missing; use a complete model file")
+    # A bool is an int to Python, an int is a good float to everybody.
+    fits = type(value) is kind or (kind is float and type(value) is int)
+    if fits and kind in (int, float):
+        fits = math.isfinite(value) and value >= 0
+    if not fits:
+        raise UserError(
+            f"GGUF metadata {key} is {repr(value)[:40]}, expected one {kind.__name__}; "
+            "choose another file of this model"
+        )
+    return kind(value)
+
+
+def items[T: (int, float, str)](
+    metadata: Mapping[str, Any], key: str, kind: type[T], default: list[T] | None = None
+) -> list[T]:
+    """One metadata array, checked to hold items of one kind.
+
+    Raises:
+        UserError: missing without a default, no array, or with items of another kind.
+    """
+    value = metadata.get(key, default)
+    if not isinstance(value, list) or not all(type(item) is kind for item in value):
+        raise UserError(
+            f"GGUF metadata {key} is not a list of {kind.__name__}; use a complete model file"
+        )
+    return value
 
 
 class _Truncated(Exception):
@@ -118,7 +159,7 @@ def read_gguf(path: Path | str) -> GgufFile:
     except OSError as error:
         raise UserError(
             f"cannot read {path}: {error.strerror}; give the path of a GGUF file"
-        ) from (error)
+        ) from error
     try:
         return _parse(path, data)
     except _Truncated as error:
@@ -146,6 +187,9 @@ def _parse(path: Path, data: np.ndarray) -> GgufFile:
     headers: list[tuple[str, tuple[int, ...], int, int]] = []
     for _ in range(tensor_count):
         name, dimensions = reader.string(), reader.number("<I")
+        # Names are shown in errors, which are one line.
+        if not name.isprintable() or len(name) > _LONGEST_NAME:
+            raise ValueError(f"a tensor is named {name[:_LONGEST_NAME]!r}")
         if not 1 <= dimensions <= 4:
             raise ValueError(f"tensor {name} has {dimensions} dimensions")
         shape = tuple(reader.number("<Q") for _ in range(dimensions))[::-1]
@@ -198,7 +242,9 @@ def to_float(tensor: GgufTensor, rows: np.ndarray | None = None) -> np.ndarray:
     from gguf.quants import dequantize
 
     try:
-        values = dequantize(np.asarray(rows), GGMLQuantizationType[tensor.type_name])
+        # A block whose scale is not finite is for the caller to find in the values.
+        with np.errstate(all="ignore"):
+            values = dequantize(np.asarray(rows), GGMLQuantizationType[tensor.type_name])
     except NotImplementedError as error:
         raise UserError(
             f"tensor {tensor.name} is stored as {tensor.type_name}, which cannot be dequantised; "

@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from fedjax_llm.errors import UserError
-from fedjax_llm.models.gguf_file import GgufFile, GgufTensor, read_gguf, to_float
+from fedjax_llm.models.gguf_file import GgufFile, GgufTensor, read_gguf, scalar, to_float
 from fedjax_llm.models.gguf_tokenizer import tokenizer_from_gguf
 
 _CLASSES = {
@@ -46,7 +46,7 @@ _SAFETENSORS_TYPES = {"F16": "F16", "BF16": "BF16"}  # all else becomes F32
 
 @dataclass(frozen=True)
 class _Entry:
-    """One tensor of the output: its name, where it comes from, its shape, heads to un-interleave."""
+    """One output tensor: its name, its GGUF name, its shape, and the heads to un-interleave."""
 
     name: str
     source: str
@@ -57,9 +57,9 @@ class _Entry:
 def import_gguf(gguf_path: Path | str, out_folder: Path | str) -> Path:
     """Writes a GGUF model as a Hugging Face folder.
 
-    `config.json`, `generation_config.json`, `model.safetensors` (float16 and bfloat16 as stored, all
-    other types dequantised to float32), `tokenizer.json`, `tokenizer_config.json`. Peak memory is a
-    few times the largest tensor. The folder appears complete or not at all.
+    `config.json`, `generation_config.json`, `model.safetensors` (float16 and bfloat16 as stored,
+    all other types dequantised to float32), `tokenizer.json`, `tokenizer_config.json`. Peak memory
+    is a few times the largest tensor. The folder appears complete or not at all.
 
     Args:
         gguf_path: the file; architectures llama (also Mistral), qwen2 and qwen3.
@@ -109,63 +109,57 @@ def import_gguf(gguf_path: Path | str, out_folder: Path | str) -> Path:
     return out
 
 
-def _getter(source: GgufFile, architecture: str) -> Callable[..., Any]:
-    def get(key: str, default: Any = None) -> Any:
-        value = source.metadata.get(f"{architecture}.{key}", default)
-        if value is None:
-            raise UserError(
-                f"{source.path} lacks the metadata {architecture}.{key}; use a complete model file"
-            )
-        if not isinstance(value, int | float | str):
-            raise UserError(
-                f"{source.path}: {architecture}.{key} differs between layers, "
-                "which is not supported; choose another model"
-            )
-        return value
-
-    return get
-
-
 def _config(source: GgufFile) -> dict[str, Any]:
-    architecture = source.metadata.get("general.architecture")
+    architecture = scalar(source.metadata, "general.architecture", str)
     if architecture not in ("llama", "qwen2", "qwen3"):
         raise UserError(
-            f"GGUF architecture {architecture!r} is not supported, only llama (also Mistral), qwen2 "
-            "and qwen3; choose another model"
+            f"GGUF architecture {architecture!r} is not supported, only llama (also Mistral), "
+            "qwen2 and qwen3; choose another model"
         )
-    get = _getter(source, architecture)
-    if get("expert_count", 0):
+
+    def whole(key: str, default: int | None = None) -> int:
+        return scalar(source.metadata, f"{architecture}.{key}", int, default)
+
+    def real(key: str, default: float | None = None) -> float:
+        return scalar(source.metadata, f"{architecture}.{key}", float, default)
+
+    experts = whole("expert_count", 0)
+    if experts:
         raise UserError(
-            f"{source.path} is a mixture of {get('expert_count')} experts, which is not supported; "
+            f"{source.path} is a mixture of {experts} experts, which is not supported; "
             "choose a dense model"
         )
-    heads, hidden = get("attention.head_count"), get("embedding_length")
-    if not heads or ("blk.0.attn_q.weight" not in source.tensors):
-        raise UserError(f"{source.path} holds no attention layers; use a complete model file")
-    head_dim = get("attention.key_length", hidden // heads)
-    rotary = get("rope.dimension_count", head_dim)
+    heads, hidden = whole("attention.head_count"), whole("embedding_length")
+    layers = whole("block_count")
+    if not heads or f"blk.{layers - 1}.attn_q.weight" not in source.tensors:
+        raise UserError(
+            f"{source.path} does not hold the {layers} attention layers that it states; "
+            "use a complete model file"
+        )
+    head_dim = whole("attention.key_length", hidden // heads)
+    rotary = whole("rope.dimension_count", head_dim)
     if rotary != head_dim:
         raise UserError(
             f"{source.path} rotates {rotary} of {head_dim} dimensions per head, which is not "
             "supported; choose another model"
         )
-    window = get("attention.sliding_window", 0)
+    window = whole("attention.sliding_window", 0)
     family = "mistral" if architecture == "llama" and window else architecture
     config: dict[str, Any] = {
         "architectures": [_CLASSES[family]],
         "model_type": family,
         "vocab_size": _table_rows(source),
         "hidden_size": hidden,
-        "intermediate_size": get("feed_forward_length"),
-        "num_hidden_layers": get("block_count"),
+        "intermediate_size": whole("feed_forward_length"),
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": get("attention.head_count_kv", heads),
+        "num_key_value_heads": whole("attention.head_count_kv", heads),
         "head_dim": head_dim,
-        "max_position_embeddings": get("context_length"),
-        "rope_theta": float(get("rope.freq_base", 10000.0)),
+        "max_position_embeddings": whole("context_length"),
+        "rope_theta": real("rope.freq_base", 10000.0),
         "rope_scaling": None,
         # Stored as float32; the shortest decimal that gives the same float32 is what was published.
-        "rms_norm_eps": float(str(np.float32(get("attention.layer_norm_rms_epsilon")))),
+        "rms_norm_eps": float(str(np.float32(real("attention.layer_norm_rms_epsilon")))),
         "tie_word_embeddings": "output.weight" not in source.tensors,
         "hidden_act": "silu",
         "torch_dtype": _main_dtype(source),
@@ -177,7 +171,7 @@ def _config(source: GgufFile) -> dict[str, Any]:
         }
     if window and family == "mistral":
         config["sliding_window"] = window
-    config["rope_scaling"] = _rope_scaling(source, get, config)
+    config["rope_scaling"] = _rope_scaling(source, architecture, config)
     return config
 
 
@@ -194,15 +188,16 @@ def _main_dtype(source: GgufFile) -> str:
 
 
 def _rope_scaling(
-    source: GgufFile, get: Callable[..., Any], config: dict[str, Any]
+    source: GgufFile, architecture: str, config: dict[str, Any]
 ) -> dict[str, Any] | None:
     if "rope_freqs.weight" in source.tensors:
         return _llama3_scaling(source, config)
-    kind = get("rope.scaling.type", "none")
+    kind = scalar(source.metadata, f"{architecture}.rope.scaling.type", str, "none")
     if kind == "none":
         return None
     if kind == "linear":
-        return {"rope_type": "linear", "factor": float(get("rope.scaling.factor"))}
+        factor = scalar(source.metadata, f"{architecture}.rope.scaling.factor", float)
+        return {"rope_type": "linear", "factor": factor}
     raise UserError(
         f"{source.path} scales its rotary embedding by {kind!r}, only 'linear' and Llama 3's are "
         "supported; choose another model"
@@ -234,7 +229,7 @@ def _llama3_scaling(source: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _entries(source: GgufFile, config: dict[str, Any]) -> list[_Entry]:
-    """Every output tensor with its expected shape; checks that the file holds these and no others."""
+    """Every output tensor with its shape; checks that the file holds these and no others."""
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     q_dim, kv_dim = heads * config["head_dim"], kv_heads * config["head_dim"]

@@ -1,9 +1,9 @@
 """The tokenizer inside a GGUF file, as a Hugging Face `tokenizer.json`.
 
-Two kinds occur with the architectures read here (`tokenizer.ggml.model`): "gpt2", byte-level BPE with
-merges, and "llama", SentencePiece BPE with scores. The file names the way that text is cut before
-merging (`tokenizer.ggml.pre`) but does not describe it; the cuts are those of the models' own
-tokenizers.
+Two kinds occur with the architectures read here (`tokenizer.ggml.model`): "gpt2", byte-level BPE
+with merges, and "llama", SentencePiece BPE with scores. The file names the way that text is cut
+before merging (`tokenizer.ggml.pre`) but does not describe it; the cuts are those of the models'
+own tokenizers.
 """
 
 import json
@@ -12,6 +12,7 @@ from typing import Any
 
 from fedjax_llm.errors import UserError
 from fedjax_llm.models import llama2c
+from fedjax_llm.models.gguf_file import items, scalar
 from fedjax_llm.models.tokenizer import Tokenizer, build_tokenizer
 
 # tokenizer.ggml.token_type
@@ -59,13 +60,13 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     Raises:
         UserError: metadata is missing or inconsistent, or of a kind that is not known.
     """
-    kind = metadata.get("tokenizer.ggml.model")
-    pieces = metadata.get("tokenizer.ggml.tokens")
-    if not isinstance(pieces, list) or not pieces:
-        raise UserError("GGUF file holds no tokenizer.ggml.tokens; use a complete model file")
-    types = metadata.get("tokenizer.ggml.token_type", [_NORMAL] * len(pieces))
+    kind = scalar(metadata, "tokenizer.ggml.model", str)
+    pieces = items(metadata, "tokenizer.ggml.tokens", str)
+    types = items(metadata, "tokenizer.ggml.token_type", int, [_NORMAL] * len(pieces))
     ids = {
-        key: metadata.get(f"tokenizer.ggml.{name}_token_id")
+        key: scalar(metadata, f"tokenizer.ggml.{name}_token_id", int)
+        if f"tokenizer.ggml.{name}_token_id" in metadata
+        else None
         for key, name in (
             ("bos_token", "bos"),
             ("eos_token", "eos"),
@@ -96,14 +97,16 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
             f"GGUF tokenizer {kind!r} is not known, only 'gpt2' and 'llama'; "
             "use the model's Hugging Face folder instead"
         )
-    template = metadata.get("tokenizer.chat_template")
+    template = None
+    if "tokenizer.chat_template" in metadata:
+        template = scalar(metadata, "tokenizer.chat_template", str)
     return build_tokenizer(json_text, special_tokens, template, origin="the GGUF file's tokenizer")
 
 
 def _sentencepiece(
     metadata: Mapping[str, Any], pieces: list[str], types: list[int], special: Mapping[str, str]
 ) -> str:
-    scores = metadata.get("tokenizer.ggml.scores", [])
+    scores = items(metadata, "tokenizer.ggml.scores", float)
     if len(scores) != len(pieces):
         raise UserError(
             f"GGUF file holds {len(pieces)} tokens but {len(scores)} scores; use another file"
@@ -115,8 +118,8 @@ def _sentencepiece(
         special={p: i for i, p in enumerate(pieces) if types[i] in (_UNKNOWN, _CONTROL)},
         plain_added={p: i for i, p in enumerate(pieces) if types[i] == _USER},
         space="▁",
-        add_space_prefix=metadata.get("tokenizer.ggml.add_space_prefix", True),
-        add_bos=metadata.get("tokenizer.ggml.add_bos_token", True),
+        add_space_prefix=scalar(metadata, "tokenizer.ggml.add_space_prefix", bool, True),
+        add_bos=scalar(metadata, "tokenizer.ggml.add_bos_token", bool, True),
         unknown=special["unk_token"],
         bos=special["bos_token"],
     )
@@ -125,18 +128,18 @@ def _sentencepiece(
 def _byte_bpe(
     metadata: Mapping[str, Any], pieces: list[str], types: list[int], special: Mapping[str, str]
 ) -> str:
-    pre = metadata.get("tokenizer.ggml.pre")
-    if pre is None:
+    if "tokenizer.ggml.pre" not in metadata:
         raise UserError(
             "GGUF file does not name its pre-tokenizer (tokenizer.ggml.pre); "
             "convert the model again with a newer llama.cpp"
         )
-    merges = [merge.split(" ") for merge in metadata.get("tokenizer.ggml.merges", [])]
+    pre = scalar(metadata, "tokenizer.ggml.pre", str)
+    merges = [merge.split(" ") for merge in items(metadata, "tokenizer.ggml.merges", str)]
     broken = next((merge for merge in merges if len(merge) != 2), None)
     if broken is not None:
         raise UserError(f"GGUF merge {' '.join(broken)!r} is not a pair; use another file")
     post_processor = None
-    if metadata.get("tokenizer.ggml.add_bos_token", False) and "bos_token" in special:
+    if scalar(metadata, "tokenizer.ggml.add_bos_token", bool, False) and "bos_token" in special:
         bos = special["bos_token"]
         piece = {"SpecialToken": {"id": bos, "type_id": 0}}
         first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")

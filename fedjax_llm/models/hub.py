@@ -120,7 +120,7 @@ def get(
         A Hugging Face folder with `source.json` beside the model's files.
 
     Raises:
-        UserError: unknown name, no source reachable, a file that is not what was pinned, or no room.
+        UserError: unknown name, no source reachable, a file that is not the pinned one, or no room.
     """
     model = _named(name)
     if (folder := cached(name, cache)) is not None:
@@ -136,11 +136,12 @@ def get(
         ):
             # Whoever held the lock before may have finished the work.
             if (folder := cached(name, cache)) is not None:
+                on_progress(f"{name}: in the cache at {folder}")
                 return folder
             # Only a process that was killed leaves one of these, and it no longer holds the lock.
-            for stale in models.glob(f".{name}-*"):
+            for stale in models.glob(f".{name}+*"):
                 shutil.rmtree(stale, ignore_errors=True)
-            with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=models) as staging:
+            with tempfile.TemporaryDirectory(prefix=f".{name}+", dir=models) as staging:
                 complete, source = _fetch(model, Path(staging), on_progress, name)
                 source["date"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
                 (complete / "source.json").write_text(json.dumps(source, indent=2) + "\n")
@@ -219,12 +220,12 @@ def _git_blob_sha1(path: Path) -> str:
 def _from_hub(
     model: NamedModel, folder: Path, on_progress: Progress
 ) -> tuple[Path, dict[str, Any]]:
-    import httpx2
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    unreachable = (
-        httpx2.HTTPError,
+    # The base class is the HTTP client's own error; which client it is depends on the version.
+    unreachable: tuple[type[BaseException], ...] = (
+        *HfHubHTTPError.__bases__[:1],
         HfHubHTTPError,
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
@@ -256,6 +257,11 @@ def _from_hub(
             )
         except unreachable as error:
             raise _Unavailable(f"the download of {name} broke off ({_reason(error)})") from error
+        except OSError:
+            raise
+        # The library's accelerated transfers raise kinds of their own.
+        except Exception as error:
+            raise _Unavailable(f"the download of {name} failed ({_reason(error)})") from error
         hashes[name] = _sha256(path)
         large = stated[name].lfs
         if large is not None:

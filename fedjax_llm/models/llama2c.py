@@ -1,4 +1,4 @@
-"""Score-ranked BPE: llama2.c's binary tokenizer, and SentencePiece's BPE vocabularies, as Hugging Face BPE.
+"""Score-ranked BPE (llama2.c's binary tokenizer, SentencePiece's vocabularies) as Hugging Face BPE.
 
 Both give every piece a score and no list of merges. Encoding starts from single characters
 (characters outside the vocabulary become their UTF-8 bytes) and keeps merging the adjacent pair
@@ -64,7 +64,8 @@ def score_bpe_json(
         space: how the vocabulary writes a space: " " or SentencePiece's "▁".
         add_space_prefix: begin every text with a space, as SentencePiece does.
         add_bos: `add_special_tokens=True` puts `bos` in front.
-        unknown: the unknown piece. bos: the piece that begins a sequence.
+        unknown: the unknown piece.
+        bos: the piece that begins a sequence.
     """
     vocab = {piece: index for index, piece in enumerate(pieces)}
     if len(vocab) != len(pieces):
@@ -189,8 +190,8 @@ def read_pieces(path: Path, vocab_size: int | None = None) -> tuple[list[str], l
 def tokenizer_json(path: Path, vocab_size: int | None = None) -> str:
     """The `tokenizer.json` that encodes as llama2.c does with this binary.
 
-    The exporter wrote spaces for SentencePiece's "▁" and "\\n<s>\\n" for `<s>`. Spaces stay (so that
-    every text survives encoding and decoding); the two controls get their names back.
+    The exporter wrote spaces for SentencePiece's "▁" and "\\n<s>\\n" for `<s>`. Spaces stay (so
+    that every text survives encoding and decoding); the two controls get their names back.
 
     Args and errors: see `read_pieces`.
     """

@@ -10,7 +10,7 @@ from fedjax_llm.errors import UserError
 from fedjax_llm.models.checkpoint import CONFIG_FILE, read_base, read_json, write_base
 from fedjax_llm.models.config import DecoderConfig
 from fedjax_llm.models.decoder import Base
-from fedjax_llm.models.tokenizer import Tokenizer
+from fedjax_llm.models.tokenizer import Tokenizer, load_tokenizer
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -40,8 +40,6 @@ def load_model(folder: Path | str, *, dtype: jax.typing.DTypeLike = jnp.float32)
     Raises:
       UserError: Anything missing, damaged or unsupported, named with its file.
     """
-    from fedjax_llm.models.tokenizer import load_tokenizer
-
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; give the folder of a Hugging Face model")

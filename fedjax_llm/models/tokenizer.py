@@ -1,8 +1,8 @@
 """Tokenizers: text to token ids and back, the same in every cloud.
 
-Built on the `tokenizers` library. A tokenizer is read from a Hugging Face folder, or from the binary
-of llama2.c where a folder holds no `tokenizer.json`. Its `sha256` covers everything that decides
-ids, so clouds can check that they share one tokenizer without sending it.
+Built on the `tokenizers` library. A tokenizer is read from a Hugging Face folder, or from the
+binary of llama2.c where a folder holds no `tokenizer.json`. Its `sha256` covers everything that
+decides ids, so clouds can check that they share one tokenizer without sending it.
 """
 
 import datetime
@@ -114,11 +114,15 @@ class Tokenizer:
     def _encode(self, text: str, add_special_tokens: bool) -> Any:
         try:
             return self.backend.encode(text, add_special_tokens=add_special_tokens)
-        except UnicodeEncodeError as error:
+        except TypeError:
+            # The library says no more than that the text is none; Python can tell where.
+            bad = next((i for i, c in enumerate(text) if 0xD800 <= ord(c) < 0xE000), None)
+            if bad is None:
+                raise
             raise UserError(
-                f"text cannot be encoded: character {error.start} is half of a surrogate pair; "
+                f"text cannot be encoded: character {bad} is half of a surrogate pair; "
                 "repair the file's encoding (UTF-8)"
-            ) from error
+            ) from None
 
 
 def build_tokenizer(
@@ -173,7 +177,7 @@ def build_tokenizer(
         digest.update(len(data).to_bytes(8, "little") + data)
     tokens = dict(special_tokens)
     if "eos_token" not in tokens:
-        tokens["eos_token"] = backend.id_to_token(end)
+        tokens["eos_token"] = str(backend.id_to_token(end))
     return Tokenizer(backend, json_text, tokens, chat_template, bos, end, pad, digest.hexdigest())
 
 
@@ -193,7 +197,7 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
         binary = next((folder / n for n in LLAMA2C_NAMES if (folder / n).is_file()), None)
         if binary is None:
             raise UserError(
-                f"no tokenizer in {folder}: it needs tokenizer.json (or tokenizer.bin of llama2.c); "
+                f"no tokenizer in {folder}: it needs tokenizer.json (or llama2.c's tokenizer.bin); "
                 "copy the tokenizer's files beside the weights"
             )
         json_text = llama2c.tokenizer_json(binary, model_config.get("vocab_size"))

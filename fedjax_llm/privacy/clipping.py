@@ -50,14 +50,27 @@ def _block_sum(x_P: jax.Array) -> jax.Array:
     return x_P.reshape(-1).sum()
 
 
+def _powers_of_two(peak: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """2^-k and 2^k, both normal float32, with 1 <= peak * 2^-k < 4 for a normal `peak`.
+
+    Dividing by the peak would not do: XLA turns that into a product with the reciprocal, which is
+    denormal above 2^126 and flushed to zero, and the norm of a huge tree with it.
+    """
+    bits = jax.lax.bitcast_convert_type(peak, jnp.uint32)
+    exponent = jnp.clip(bits >> jnp.uint32(23), jnp.uint32(1), jnp.uint32(253))
+    pair = ((jnp.uint32(254) - exponent) << jnp.uint32(23), exponent << jnp.uint32(23))
+    shrink, grow = (jax.lax.bitcast_convert_type(bits, jnp.float32) for bits in pair)
+    return shrink, grow
+
+
 def clip(tree: PyTree, clip_norm: float | jax.Array) -> tuple[PyTree, jax.Array]:
     """Scales a tree down to an l2 norm of at most `clip_norm` over all its leaves together.
 
     Formal guarantee: for every input, ||out||_2 <= clip_norm as a real number, where out is read
     as the float32 values returned. The norm is computed in float32 and taken to be larger by a
     factor of 1 + 2^-14, which exceeds its worst-case rounding error, so a clipped tree is shorter
-    than `clip_norm` by up to that factor. Values scaled by the largest magnitude neither overflow
-    nor underflow on the way.
+    than `clip_norm` by up to that factor. Values are scaled by a power of two near the
+    largest magnitude, so that their squares neither overflow nor vanish.
 
     | input                                  | output                 | norm reported |
     |----------------------------------------|------------------------|---------------|
@@ -87,17 +100,17 @@ def clip(tree: PyTree, clip_norm: float | jax.Array) -> tuple[PyTree, jax.Array]
     finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in full]).all()
     peak = jnp.stack([jnp.abs(leaf).max() for leaf in full]).max()
     normal = finite & (peak >= _TINY)
-    peak = jnp.where(normal, peak, jnp.float32(1))
-    sums = [_block_sum(jnp.square(leaf / peak).reshape(-1)) for leaf in full]
-    relative = jnp.sqrt(_block_sum(jnp.stack(sums)))  # norm / peak, between 1 and sqrt(P)
-    norm = jnp.where(normal, peak * relative, jnp.where(finite, jnp.float32(0), jnp.inf))
+    shrink, grow = _powers_of_two(jnp.where(normal, peak, jnp.float32(1)))
+    sums = [_block_sum(jnp.square(leaf * shrink).reshape(-1)) for leaf in full]
+    relative = jnp.sqrt(_block_sum(jnp.stack(sums)))  # norm * shrink, between 1 and 4 sqrt(P)
+    norm = jnp.where(normal, grow * relative, jnp.where(finite, jnp.float32(0), jnp.inf))
 
     margin = jnp.float32(_MARGIN)
     keep = (norm * margin <= bound) | jnp.isinf(bound)
     scale = bound / jnp.where(normal, relative * margin, jnp.float32(1))
 
     def one(leaf: jax.Array) -> jax.Array:
-        scaled = jnp.where(keep, leaf, (leaf / peak) * scale)
+        scaled = jnp.where(keep, leaf, (leaf * shrink) * scale)
         return jnp.where(normal, scaled, jnp.float32(0))
 
     return jax.tree.unflatten(structure, [one(leaf) for leaf in leaves]), norm
@@ -111,7 +124,7 @@ def _masked_sums(
     clip_norm: float | jax.Array,
 ) -> tuple[PyTree, ClipStats]:
     """As `clipped_grad_sum`, with the sum of the losses in place of their mean."""
-    counts_E = weights_E > 0
+    counts_E = jnp.asarray(weights_E).astype(jnp.float32) > 0
 
     def one(example: PyTree) -> tuple[jax.Array, PyTree, jax.Array]:
         value, grad = jax.value_and_grad(loss_fn)(params, example)

@@ -19,7 +19,7 @@ _DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (5, 2, 1.5, 2)))
 _STYLE: Any = {
     "svg.fonttype": "none",  # text stays text: it takes the page's font and can be selected
     "text.parse_math": False,  # a dollar sign in a cloud's name is a dollar sign
-    "font.size": 11,
+    "font.size": 12,
     "axes.edgecolor": _ROLES["grid"],
     "axes.labelcolor": _ROLES["muted"],
     "axes.spines.top": False,
@@ -60,7 +60,7 @@ def losses(records: Sequence[RoundRecord]) -> str | None:
             axes.plot(*zip(*points, strict=True), label=name, marker="o", **_line(index))
         axes.set_ylabel("nats per token")
 
-    return _figure("losses", records, draw, legend=len(lines))
+    return _figure("losses", records, draw, legend=len(lines), wide=True)
 
 
 def epsilon(records: Sequence[RoundRecord]) -> str | None:
@@ -90,7 +90,7 @@ def epsilon(records: Sequence[RoundRecord]) -> str | None:
     return _figure("epsilon", records, draw)
 
 
-def uplink(records: Sequence[RoundRecord]) -> str | None:
+def uplink(records: Sequence[RoundRecord], wide: bool = False) -> str | None:
     """Bytes that each cloud uploads per round, stacked; None when nothing was sent."""
     names = _cloud_names(records)
     rounds = [record for record in records if record.get("uplink_bytes")]
@@ -124,16 +124,24 @@ def uplink(records: Sequence[RoundRecord]) -> str | None:
             floor = [low + height for low, height in zip(floor, heights, strict=True)]
         axes.set_ylabel(f"{unit} per round")
 
-    return _figure("uplink", records, draw, legend=len(sent))
+    return _figure("uplink", records, draw, legend=len(sent), wide=wide)
 
 
-def _figure(name: str, records: Sequence[RoundRecord], draw: Any, legend: int = 0) -> str:
+def _figure(
+    name: str,
+    records: Sequence[RoundRecord],
+    draw: Any,
+    legend: int = 0,
+    wide: bool = False,
+) -> str:
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
-        figure = Figure(figsize=(6.4, 3.5), layout="constrained")
+        # Inches of a half and of a whole column of the page, so that text has one size in both.
+        size = (13.4, 4.4) if wide else (6.4, 3.5)
+        figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots()
         draw(axes)
         axes.set_xlabel("round")

@@ -18,8 +18,8 @@ from fedjax_llm.runs import disk
 
 FORMAT = 1
 _FORMAT_LINE = "fedjax-llm run folder, format {}\n"
-# What a process that died inside `create` may leave; it holds no result, so a new run may take it.
-_SKELETON = {".lock", "run.toml"}
+# What a run leaves that ended before its first round; it is no result, so a new run may take it.
+_SKELETON = {".lock", "run.toml", "format", "tensorboard", "checkpoints"}
 
 
 @dataclass
@@ -44,12 +44,12 @@ class RunFolder:
         if path.exists() and not path.is_dir():
             raise UserError(f"{path} is a file; choose a folder with --out")
         present = {entry.name for entry in path.iterdir()} if path.exists() else set()
-        if "format" in present:
+        strange = {name for name in present - _SKELETON if not name.endswith(".tmp")}
+        if "format" in present and (strange or _has_checkpoint(path)):
             raise UserError(
                 f"{path} already holds a run: continue it with `fedjax-llm resume {path}`, "
                 "or choose another folder with --out"
             )
-        strange = {name for name in present - _SKELETON if not name.endswith(".tmp")}
         if strange:
             raise UserError(
                 f"{path} is not empty (it holds {min(strange)}) and holds no run of this version; "
@@ -144,6 +144,10 @@ class RunFolder:
     ) -> None:
         """Releases the lock."""
         self.close()
+
+
+def _has_checkpoint(path: Path) -> bool:
+    return any(entry.name.isdecimal() for entry in (path / "checkpoints").glob("*"))
 
 
 def _take_lock(path: Path) -> int:

@@ -6,7 +6,6 @@ was interrupted.
 
 import tomllib
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ class Share:
     name: str
     seconds: float
     percent: float
-    series: int
+    stage: int
 
 
 def write(folder: RunFolder) -> Path:
@@ -74,7 +73,8 @@ def render(folder: RunFolder) -> str:
         charts=_charts(records),
         shares=_shares(records),
         change=_change,
-        epsilon_text=partial(text.epsilon_text),
+        epsilon_text=text.epsilon_text,
+        delta_text=text.delta_text,
         run_toml=run_toml,
     )
 
@@ -82,10 +82,11 @@ def render(folder: RunFolder) -> str:
 def _charts(records: list[metrics.RoundRecord]) -> dict[str, Any]:
     import markupsafe
 
+    epsilon = figures.epsilon(records)
     drawn = {
         "losses": figures.losses(records),
-        "epsilon": figures.epsilon(records),
-        "uplink": figures.uplink(records),
+        "epsilon": epsilon,
+        "uplink": figures.uplink(records, wide=epsilon is None),
     }
     # Matplotlib has escaped every text in its SVG; anything else stays subject to autoescape.
     return {name: markupsafe.Markup(svg) if svg else None for name, svg in drawn.items()}

@@ -25,6 +25,7 @@ NotNegative = Annotated[float, Field(ge=0)]
 # TOML has lists, frozen objects hold tuples: the container is converted, its elements stay strict.
 Text = Annotated[str, Field(min_length=1)]
 Texts = Annotated[tuple[Text, ...], Field(strict=False, min_length=1)]
+Optimizer = Literal["sgd", "momentum", "nesterov", "adam", "adamw"]
 
 
 class Section(BaseModel):
@@ -65,7 +66,7 @@ class TrainingSection(Section):
     batch_size: Count = 8
     microbatch: Count = 4
     sequence_length: Annotated[int, Field(ge=8)] = 256
-    optimizer: Literal["sgd", "momentum", "adam", "adamw"] = "adamw"
+    optimizer: Optimizer = "adamw"
     learning_rate: Positive = 1e-3
     template: Literal["chat", "plain"] = "chat"
     system_prompt: str = ""
@@ -83,9 +84,9 @@ class TrainingSection(Section):
 class AggregationSection(Section):
     """[aggregation]: how the updates of the clouds become one, and the server's optimiser."""
 
-    rule: Literal["ffa", "factor-averaging"] = "ffa"
+    rule: Text = "ffa"
     weights: Literal["uniform", "examples"] = "uniform"
-    server_optimizer: Literal["sgd", "momentum", "adam", "adagrad", "yogi"] = "sgd"
+    server_optimizer: Optimizer = "sgd"
     server_learning_rate: Positive = 1.0
 
 
@@ -175,11 +176,15 @@ class DataSection(Section):
 
 
 class Cloud(Section):
-    """[[clouds]]: one site with its own data and its own link."""
+    """[[clouds]]: one site with its own data and its own link.
+
+    In `offline_rounds` it cannot be reached: neither its update nor its part of a decryption come.
+    """
 
     name: str = Field(min_length=1, max_length=64)
     link: Link = Link()
     data: DataSection
+    offline_rounds: Annotated[tuple[Count, ...], Field(strict=False)] = ()
 
 
 class RunFile(Section):
@@ -259,28 +264,13 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunFile:
         run_file = RunFile.model_validate(data)
     except ValidationError as error:
         raise _explained(error, data, where) from None
+    _check_rule(run_file, data, where)
     return _with_absolute_paths(run_file, path.resolve().parent, data, where)
 
 
 def to_toml(run_file: RunFile) -> str:
     """The resolved run file, every default written out; `load` gives an equal object back."""
     return tomli_w.dumps(run_file.model_dump(exclude_none=True))
-
-
-def individual_messages_refused(run_file: RunFile, rules: Mapping[str, object]) -> None:
-    """Refuses a rule that must see single messages when the sum hides them.
-
-    Args:
-      run_file: says which rule and which sum.
-      rules: rule by name; the attribute `needs_individual_messages` of each decides.
-    """
-    rule = rules[run_file.aggregation.rule]
-    if run_file.secure.sum != "plain" and getattr(rule, "needs_individual_messages", False):
-        raise Refused(
-            f'[aggregation] rule "{run_file.aggregation.rule}" has to read each cloud\'s message, '
-            f'which [secure] sum = "{run_file.secure.sum}" hides; '
-            'choose sum = "plain" or another rule'
-        )
 
 
 class _Where:
@@ -297,6 +287,10 @@ class _Where:
                 return self.origin[key[:length]]
             if key[:length] in self.lines:
                 return f"{self.path}:{self.lines[key[:length]]}"
+            # A table that is not in the file was made by the override of a key inside it.
+            for overridden, words in self.origin.items():
+                if overridden[:length] == key[:length]:
+                    return words
         return str(self.path)
 
 
@@ -486,6 +480,27 @@ def _section_at(path: toml_errors.Path) -> type[Section] | None:
         **{(name,): section for name, section in _sections().items()},
     }
     return nested.get(tuple(part for part in path if isinstance(part, str)))
+
+
+def _check_rule(run_file: RunFile, data: dict[str, Any], where: _Where) -> None:
+    """The rule exists, and does not have to read single messages that the sum hides."""
+    # Imported here: it brings JAX, which those who only want the classes need not wait for.
+    from fedjax_llm.aggregation import RULES
+    from fedjax_llm.training import OPTIMIZERS
+
+    key: toml_errors.Path = ("aggregation", "rule")
+    name, sum_name = run_file.aggregation.rule, run_file.secure.sum
+    if name not in RULES:
+        guess = toml_errors.nearest(name, RULES)
+        hint = f"; did you mean {toml_errors.shown(guess)}?" if guess else ""
+        valid = ", ".join(toml_errors.shown(rule) for rule in RULES)
+        got = toml_errors.shown(name)
+        raise UserError(f"{where(key)}: [aggregation] rule must be one of {valid}, got {got}{hint}")
+    if sum_name != "plain" and RULES[name](OPTIMIZERS["sgd"](1.0)).needs_individual_messages:
+        raise Refused(
+            f'{where(key)}: [aggregation] rule "{name}" has to read the message of each cloud, '
+            f'which [secure] sum = "{sum_name}" hides; choose another rule or sum = "plain"'
+        )
 
 
 def _with_absolute_paths(

@@ -38,6 +38,15 @@ def loss_text(loss: float | None) -> str:
     return "–" if loss is None else f"{loss:.4f}"
 
 
+def delta_text(delta: float) -> str:
+    """As in a run file.
+
+    >>> delta_text(1e-05)
+    '1e-5'
+    """
+    return f"{delta:g}".replace("e-0", "e-")
+
+
 def epsilon_text(epsilon: float | None, reason: str = "") -> str:
     """Epsilon, or why there is none.
 

@@ -7,6 +7,7 @@ ever used on a source that `tomllib` has accepted, which is why it checks nothin
 import difflib
 import json
 import re
+import tomllib
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -101,7 +102,7 @@ class _Scanner:
             if self.source[start] in "\"'":
                 match = _STRING.match(self.source, start)
                 text = match.group() if match else ""
-                parts.append(text[1:-1] if text[0] == "'" else json.loads(text))
+                parts.append(tomllib.loads(f"key = {text}")["key"])
             else:
                 match = _BARE_KEY.match(self.source, start)
                 parts.append(match.group() if match else "")

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from fedjax_llm.errors import UserError
 from fedjax_llm.secure.openfhe_repair import import_openfhe
 from fedjax_llm.secure.parameters import Parameters, is_prime
-from fedjax_llm.secure.residues import Residues, Template
+from fedjax_llm.secure.residues import Residues, Template, read
 
 
 @dataclass(frozen=True)
@@ -37,28 +37,24 @@ class Bfv:
         data = self._public_key.write(residues_2LN)
         return openfhe.DeserializePublicKeyString(data, openfhe.BINARY)
 
+    def _read(self, made: Any, elements: int) -> Residues:
+        openfhe = import_openfhe()
+        data = openfhe.Serialize(made, openfhe.BINARY)
+        return read(data, elements, self.moduli, self.parameters.ring_dimension)
+
     def key_share(self, reference_1LN: Residues) -> tuple[Residues, Residues]:
         """A fresh ternary secret s and b = e - a s for a common reference a; both [1, L, N]."""
-        openfhe = import_openfhe()
         reference = self.public_key(np.concatenate([np.zeros_like(reference_1LN), reference_1LN]))
         # ``fresh``: b must not contain the b of the key it is given, as it would along a chain.
         pair = self._context.MultipartyKeyGen(reference, False, True)
-        secret = self._private_key.read(
-            openfhe.Serialize(pair.secretKey, openfhe.BINARY), len(self.moduli)
-        )
-        public = self._public_key.read(
-            openfhe.Serialize(pair.publicKey, openfhe.BINARY), len(self.moduli)
-        )
-        return secret, public[:1]
+        return self._read(pair.secretKey, 1), self._read(pair.publicKey, 2)[:1]
 
     def encrypt(self, public_key: Any, slots: NDArray[np.int64]) -> Residues:
         """[2, L, N]: a ciphertext of up to N signed integers, each at most (t - 1) / 2."""
-        openfhe = import_openfhe()
         # int64 on purpose: OpenFHE's binding reads other dtypes element by element.
         plaintext = self._context.MakePackedPlaintext(np.ascontiguousarray(slots, np.int64))
         ciphertext = self._context.Encrypt(public_key, plaintext)
-        data = openfhe.Serialize(ciphertext, openfhe.BINARY)
-        return self._ciphertext.read(data, len(self.moduli))
+        return self._read(ciphertext, 2)
 
     def decrypt_partially(self, secret_1LN: Residues, c1_1LN: Residues) -> Residues:
         """[1, L, N]: c_1 s plus OpenFHE's flooding noise, drawn afresh at each call."""
@@ -70,7 +66,7 @@ class Bfv:
         data = self._ciphertext.write(np.concatenate([np.zeros_like(c1_1LN), c1_1LN]))
         ciphertext = openfhe.DeserializeCiphertextString(data, openfhe.BINARY)
         (partial,) = self._context.MultipartyDecryptMain([ciphertext], key)
-        return self._partial.read(openfhe.Serialize(partial, openfhe.BINARY), len(self.moduli))
+        return self._read(partial, 1)
 
     def decode(self, fused_1LN: Residues) -> NDArray[np.int64]:
         """The N slots of c_0 plus all partial decryptions: scaled by t / Q, rounded, decoded."""

@@ -163,11 +163,11 @@ def plan(data: bytes, recipe: Recipe) -> list[Edit]:
     wanted: dict[int, str] = {}
     need_at = image.table(DT_VERNEED)
     for _ in range(image.dynamic.get(DT_VERNEEDNUM, 0)):
-        _version, count, _file, aux, next_need = image.unpack("HHIII", need_at)
+        _, count, _, aux, next_need = image.unpack("HHIII", need_at)
         aux_at = need_at + aux
         for _ in range(count):
-            _hash, flags, index, name, next_aux = image.unpack("IHHII", aux_at)
-            version = image.string(name)
+            _, flags, index, name_index, next_aux = image.unpack("IHHII", aux_at)
+            version = image.string(name_index)
             if version in recipe.versions:
                 wanted[index & VER_NDX_MASK] = version
                 if not flags & VER_FLG_WEAK:

@@ -98,7 +98,10 @@ def common_reference(seeds: Mapping[str, bytes], moduli: tuple[int, ...], size: 
 
 
 def _seal_key(own: X25519PrivateKey, other: bytes, sender: str, recipient: str) -> bytes:
-    shared = own.exchange(X25519PublicKey.from_public_bytes(other))
+    try:
+        shared = own.exchange(X25519PublicKey.from_public_bytes(other))
+    except ValueError as err:  # a point of low order, which would make the key known to all
+        raise BadMessage(f"{sender} or {recipient}", "its X25519 key is degenerate") from err
     info = frame("seal-info", sender.encode(), recipient.encode())
     return HKDF(hashes.SHA256(), 32, salt=None, info=info).derive(shared)
 
@@ -121,13 +124,15 @@ class Ceremony:
         self._secret: Residues | None = None
         self._public: bytes = b""
 
-    def _open(self, kind: str, fields: int, messages: Mapping[str, bytes]) -> dict[str, list[bytes]]:
+    def _open(
+        self, kind: str, fields: int, messages: Mapping[str, bytes]
+    ) -> dict[str, list[bytes]]:
         missing = sorted(set(self._group.clouds) - set(messages))
         if missing:
-            raise Refused(f"key ceremony: no {kind!r} message from {', '.join(missing)}; start again")
-        return {
-            name: unframe(kind, fields, messages[name], name) for name in self._group.clouds
-        }
+            raise Refused(
+                f"key ceremony: no {kind!r} message from {', '.join(missing)}; start again"
+            )
+        return {name: unframe(kind, fields, messages[name], name) for name in self._group.clouds}
 
     def hello(self) -> bytes:
         """Step 1."""
@@ -146,7 +151,8 @@ class Ceremony:
         """Step 3."""
         found = {name: fields[0] for name, fields in self._open("seed", 1, seeds).items()}
         for name, value in found.items():
-            if hashlib.sha256(name.encode() + value).digest() != self._seed_hashes[name]:
+            digest = hashlib.sha256(name.encode() + value).digest()
+            if len(value) != _SEED_BYTES or digest != self._seed_hashes[name]:
                 raise BadMessage(name, "its seed is not the one it had committed to")
         moduli, size = self._bfv.moduli, self._bfv.parameters.ring_dimension
         self._reference = common_reference(found, moduli, size)

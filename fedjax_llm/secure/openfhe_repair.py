@@ -4,7 +4,7 @@ The wheel on the Python Package Index is built against glibc 2.38 and GCC 13. On
 Ubuntu 22.04 or RHEL 9 it does not load, although nothing in it needs the newer runtime: three
 symbols are the C23 names of ``strtol``, ``strtoul`` and ``strtoull`` (they differ only in reading
 ``0b`` prefixes, which OpenFHE does not parse), and one is referred to but never bound. Renaming
-the three and marking the two versions weak changes some forty bytes.
+the three and marking the two versions weak changes some twenty bytes.
 
 ``import_openfhe()`` does this by itself, says so through ``logging``, and touches nothing if the
 import works or fails for another reason. ``python -m fedjax_llm.secure.openfhe_repair`` does the

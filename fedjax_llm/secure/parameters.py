@@ -6,7 +6,7 @@
 | B, k | ``radix``, ``digits`` | 2M + 1, and the integers per slot (see ``slots``) |
 | t | ``plaintext_modulus`` | prime, at least B^k, 1 modulo 2N for slots to exist |
 | N | ``ring_dimension`` | slots per ciphertext; the first carries the canary |
-| Q | ``log_q`` bits | q_0 ... q_{l-1} of ``limb_bits`` each, times two primes of 60 bits for flooding |
+| Q | 2^``log_q`` | product of q_0 .. q_{l-1}, ``limb_bits`` each, and two 60-bit primes |
 | T | ``parties`` | most clouds that decrypt together |
 
 Security. The Homomorphic Encryption Standard's table for 128 bits against classical attacks

@@ -52,9 +52,7 @@ class PlainSum:
         start = time.perf_counter()
         total_P = np.zeros(self.count, np.int64)
         for client in sorted(messages):
-            body = open_message(
-                KIND, client, round_number, _NO_KEYS, self.count, messages[client]
-            )
+            body = open_message(KIND, client, round_number, _NO_KEYS, self.count, messages[client])
             if len(body) != self.count * self._dtype.itemsize:
                 raise BadMessage(client, "the body has another length than the header says")
             ints = np.frombuffer(body, self._dtype).astype(np.int64)

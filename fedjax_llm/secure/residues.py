@@ -1,7 +1,7 @@
 """Ring elements as their residues: in and out of OpenFHE's bytes, packed, and added.
 
 In OpenFHE's BINARY serialisation a ring element modulo ``Q = q_1 ... q_L`` is, limb after limb,
-the byte 1, the length N, N little-endian uint64 residues and the modulus. Everything around them
+the length N, N little-endian uint64 residues and the modulus. Everything around them
 is the same for all ciphertexts of a context. So only residues travel, each in exactly as many
 bits as its modulus has; on arrival they are checked to be below it and written into a template
 that the receiver made itself. OpenFHE's deserialiser, which was not written for hostile input,
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fedjax_llm.errors import FedJaxError, UserError
+from fedjax_llm.errors import UserError
 from fedjax_llm.secure.sums import BadMessage
 
 _UNKNOWN_FORMAT = (
@@ -43,16 +43,17 @@ class Template:
     @staticmethod
     def moduli_in(data: bytes, limbs: int, size: int) -> tuple[int, ...]:
         """The moduli of the first ring element that stands in an OpenFHE object's bytes."""
-        mark = b"\x01" + struct.pack("<Q", size)
+        mark = struct.pack("<Q", size)
         moduli: list[int] = []
         at = 0
         while len(moduli) < limbs:
             at = data.find(mark, at)
-            end = at + 9 + 8 * size
+            end = at + 8 + 8 * size
             if at < 0 or end + 8 > len(data):
                 raise UserError(_UNKNOWN_FORMAT)
             (modulus,) = struct.unpack_from("<Q", data, end)
-            if (np.frombuffer(data, "<u8", size, at + 9) < modulus).all() and modulus < 2**60:
+            residues = np.frombuffer(data, "<u8", size, at + 8)
+            if modulus < 2**60 and modulus % (2 * size) == 1 and (residues < modulus).all():
                 moduli.append(modulus)
                 at = end
             else:
@@ -62,30 +63,7 @@ class Template:
     @classmethod
     def of(cls, data: bytes, elements: int, moduli: Sequence[int], size: int) -> "Template":
         """Finds the residues; fails if the format is not the one described above."""
-        offsets = []
-        at = 0
-        for _ in range(elements):
-            for modulus in moduli:
-                mark = b"\x01" + struct.pack("<Q", size)
-                tail = struct.pack("<Q", modulus)
-                while True:
-                    at = data.find(mark, at)
-                    if at < 0:
-                        raise UserError(_UNKNOWN_FORMAT)
-                    end = at + 9 + 8 * size
-                    if data[end : end + 8] == tail:
-                        break
-                    at += 1
-                offsets.append(at + 9)
-                at = end
-        return cls(data, tuple(offsets), size)
-
-    def read(self, data: bytes, limbs: int) -> Residues:
-        """The residues [E, L, N] of an object of this shape."""
-        if len(data) != len(self.data):
-            raise FedJaxError(f"OpenFHE wrote {len(data)} bytes, expected {len(self.data)}")
-        rows = [np.frombuffer(data, "<u8", self.size, offset) for offset in self.offsets]
-        return np.stack(rows).reshape(-1, limbs, self.size).astype(np.uint64)
+        return cls(data, tuple(_offsets(data, elements, moduli, size)), size)
 
     def write(self, residues_ELN: Residues) -> bytes:
         """The bytes of an object of this shape with the given residues."""
@@ -96,8 +74,36 @@ class Template:
         return bytes(image)
 
 
+def _offsets(data: bytes, elements: int, moduli: Sequence[int], size: int) -> list[int]:
+    mark = struct.pack("<Q", size)
+    offsets = []
+    at = 0
+    for _ in range(elements):
+        for modulus in moduli:
+            tail = struct.pack("<Q", modulus)
+            at = data.find(mark, at)
+            while at >= 0 and data[at + 8 + 8 * size : at + 16 + 8 * size] != tail:
+                at = data.find(mark, at + 1)
+            if at < 0:
+                raise UserError(_UNKNOWN_FORMAT)
+            offsets.append(at + 8)
+            at += 8 + 8 * size
+    return offsets
+
+
+def read(data: bytes, elements: int, moduli: Sequence[int], size: int) -> Residues:
+    """The residues [elements, L, N] of an object that OpenFHE has serialised in this process.
+
+    What stands between them may differ from a template's: OpenFHE repeats tables that two
+    elements do not share in memory.
+    """
+    offsets = _offsets(data, elements, moduli, size)
+    rows = [np.frombuffer(data, "<u8", size, offset) for offset in offsets]
+    return np.stack(rows).reshape(elements, len(moduli), size).astype(np.uint64)
+
+
 def packed_bytes(moduli: Sequence[int], size: int) -> int:
-    """Bytes of one ring element on the wire: the moduli's bits, ``size`` (a multiple of 8) times."""
+    """Bytes of one ring element on the wire; ``size`` is a multiple of 8."""
     return sum(modulus.bit_length() for modulus in moduli) * size // 8
 
 

@@ -20,6 +20,7 @@ from fedjax_llm.privacy import (
 )
 
 jit_clip = jax.jit(clip)
+jit_clipped_grad_sum = jax.jit(clipped_grad_sum, static_argnums=0)
 floats32 = st.floats(width=32, allow_nan=True, allow_infinity=True, allow_subnormal=True)
 MAX = float(np.finfo(np.float32).max)
 
@@ -40,6 +41,9 @@ def exact_square(tree) -> Fraction:
 @example([1e-45] * 6, 1.0)
 @example([1.2e-38] * 6, 2.0**-100)
 @example([MAX, 1e-45, 0.0, -0.0, 1.0, -MAX], 2.0**100)
+@example([8.507060187143942e37, 0.0, 0.0, 0.0, 0.0, 0.0], 1.0)  # reciprocal is denormal
+@example([1.7014117331926443e38, 0.0, 0.0, 0.0, 1.0, 0.0], 1.0)
+@example([1.1754943508222875e-38, 0.0, 0.0, 0.0, 0.0, 0.0], 2.0**-100)
 @example([0.6, 0.8, 0.0, 0.0, 0.0, 0.0], 1.0)
 @example([math.nan] + [1.0] * 5, 1.0)
 @example([-math.inf] + [1.0] * 5, 1.0)
@@ -68,6 +72,22 @@ def test_running_sum_is_not_merged_by_the_compiler():
     x = jnp.full((2**25 + 2**20,), 1.0, jnp.float32)
     _, norm = jit_clip(x, jnp.float32(1))
     assert float(norm) == pytest.approx(math.sqrt(x.size), rel=1e-6)
+
+
+def test_every_exponent_of_float32():
+    values = np.exp2(np.arange(-149.0, 128.0)).astype(np.float32)
+    for scale in (1.0, 1.9999):
+        rows = {"a": jnp.array(values * np.float32(scale))[:, None], "b": jnp.zeros((277, 3))}
+        for bound in (2.0**-90, 1.0, 2.0**90):
+            out, _ = jax.jit(jax.vmap(clip, in_axes=(0, None)))(rows, jnp.float32(bound))
+            length = np.abs(np.asarray(out["a"], np.float64)).ravel()
+            assert (length <= bound).all()
+            wanted = np.minimum(np.asarray(rows["a"], np.float64).ravel(), bound)
+            seen = wanted > 1e-37
+            np.testing.assert_allclose(length[seen], wanted[seen], rtol=2e-4)
+    assert float(jit_clip(jnp.array(values), 1.0)[1]) == pytest.approx(
+        2.0**127 * math.sqrt(4 / 3), rel=1e-5
+    )
 
 
 def test_edge_cases():
@@ -135,9 +155,7 @@ def oracle(params, data, indices, clip_norm):
 def test_clipped_sum_is_the_float64_oracle(clip_norm):
     params, data = problem()
     weights = jnp.arange(23) % 3 != 0
-    total, stats = jax.jit(clipped_grad_sum, static_argnums=0)(
-        loss_fn, params, data, weights, clip_norm
-    )
+    total, stats = jit_clipped_grad_sum(loss_fn, params, data, weights, clip_norm)
     expected, loss, clipped = oracle(params, data, np.flatnonzero(weights), clip_norm)
     for k in expected:
         np.testing.assert_allclose(total[k], expected[k], rtol=2e-4, atol=2e-4 * clip_norm)
@@ -153,13 +171,14 @@ linear_loss = lambda params, g: (params * g).sum()  # noqa: E731  the gradient i
     st.integers(0, 4),
     st.sampled_from([0.01, 1.0, 100.0]),
 )
+@example([[0.0] * 3, [0.0] * 3, [0.0, 0.0, 8.507060187143942e37], [0.0] * 3, [0.0] * 3], 2, 0.01)
 @example([[math.nan] * 3, [MAX] * 3, [1e-45] * 3, [1.0] * 3, [0.0] * 3], 0, 1.0)
 @settings(deadline=None, max_examples=200)
 def test_removing_one_example_moves_the_sum_by_at_most_the_sensitivity(rows, left_out, clip_norm):
     grads = jnp.array(rows, jnp.float32)
     params = jnp.zeros(3)
     summed = ClippedGradSum(linear_loss, clip_norm)
-    run = jax.jit(clipped_grad_sum, static_argnums=0)
+    run = jit_clipped_grad_sum
     with_all, _ = run(linear_loss, params, grads, jnp.ones(5), clip_norm)
     without, _ = run(linear_loss, params, grads, jnp.ones(5).at[left_out].set(0.0), clip_norm)
     moved = np.linalg.norm(np.asarray(with_all, np.float64) - np.asarray(without, np.float64))

@@ -116,7 +116,7 @@ def test_noise_for_user_errors():
     with pytest.raises(UserError, match="no epsilon to aim for"):
         PrivacyPlan.without_privacy(3).noise_for(1.0)
     with pytest.raises(UserError, match="no noise reaches"):
-        for_clients().noise_for(1e-9)
+        for_clients(delta=1e-6).noise_for(1e-6)
 
 
 def test_noise_is_calibrated_to_the_sum():

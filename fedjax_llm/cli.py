@@ -1,0 +1,250 @@
+"""The command line: parses, calls, prints. All work is done by the packages below.
+
+Exit codes: 0 done; 2 a user's mistake; 3 refused for privacy or security; 130 interrupted; 1 a
+defect of this package, the only case that shows a traceback.
+"""
+
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType, ModuleType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fedjax_llm.errors import FedJaxError, UserError
+
+if TYPE_CHECKING:
+    from fedjax_llm.runs.events import Event, OnEvent
+    from fedjax_llm.runs.summary import Summary
+
+INTERRUPTED = 130
+
+# The base of all usage errors. Typer carries its own copy of click, so that the class has to be
+# found through the one of its children that typer publishes.
+_CommandLineError: type[Exception] = next(
+    base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException"
+)
+
+app = typer.Typer(
+    name="fedjax-llm",
+    help="Federated fine-tuning of large language models: private, encrypted, exact.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+models = typer.Typer(help="Models by name.", no_args_is_help=True)
+app.add_typer(models, name="models")
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a key, as privacy.clip_norm=0.5."),
+]
+RunFolderPath = Annotated[Path, typer.Argument(metavar="DIR", help="A run folder.")]
+
+
+@app.command()
+def run(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A run file.")],
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The run folder; runs/NAME if left out.")
+    ] = None,
+) -> None:
+    """Do what a run file says."""
+    from fedjax_llm.runs import runfile
+    from fedjax_llm.runs.folder import RunFolder
+
+    run_file = runfile.load(file, overrides or [])
+    with RunFolder.create(out or Path("runs") / run_file.name, runfile.to_toml(run_file)) as folder:
+        _watch(folder.path, lambda on_event: _job().run(run_file, folder, on_event=on_event))
+
+
+@app.command()
+def resume(path: RunFolderPath) -> None:
+    """Go on with a run that was interrupted."""
+    from fedjax_llm.runs.folder import RunFolder
+
+    RunFolder.open(path)  # a wrong folder is told before JAX is loaded
+    _watch(path, lambda on_event: _job().resume(path, on_event=on_event))
+
+
+@app.command()
+def report(path: RunFolderPath) -> None:
+    """Write report.html of a run folder again."""
+    from fedjax_llm.runs import report as reports
+    from fedjax_llm.runs.folder import RunFolder
+
+    typer.echo(str(reports.write(RunFolder.open(path))))
+
+
+@app.command()
+def compare(
+    paths: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Run folders.")],
+) -> None:
+    """Show runs side by side, and the keys in which they differ."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from fedjax_llm.runs import compare as comparison
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("")
+    for path in paths:
+        table.add_column(Text(str(path)), overflow="fold")
+    for what, values in comparison.table(paths):
+        table.add_row(Text(what), *(Text(value) for value in values))
+    console = Console()
+    # Cut columns are worth nothing in a file or a pipe.
+    Console(width=console.width if console.is_terminal else 10_000).print(table)
+
+
+@app.command()
+def epsilon(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A run file.")],
+    overrides: Overrides = None,
+) -> None:
+    """Tell the epsilon of a run file's plan without running it."""
+    from fedjax_llm.runs import planned, runfile
+
+    plan = planned.privacy_plan(runfile.load(file, overrides or []), on_event=_print_notes)
+    typer.echo(plan.statement())
+    if plan.unit != "none":
+        for rounds in planned.rounds_to_show(plan.rounds):
+            typer.echo(str(plan.report(rounds)))
+
+
+@app.command()
+def export(
+    path: RunFolderPath,
+    peft: Annotated[
+        Path | None, typer.Option("--peft", metavar="OUT", help="Adapters in PEFT's format.")
+    ] = None,
+    merged: Annotated[
+        Path | None, typer.Option("--merged", metavar="OUT", help="The model, adapters merged in.")
+    ] = None,
+) -> None:
+    """Write what a run has learned for use elsewhere."""
+    from fedjax_llm.runs import export as exports
+    from fedjax_llm.runs.folder import RunFolder
+
+    if peft is None and merged is None:
+        raise UserError("say what to export: --peft OUT, --merged OUT, or both")
+    folder = RunFolder.open(path)
+    for write, out in ((exports.export_peft, peft), (exports.export_merged, merged)):
+        if out is not None:
+            write(folder, out, on_event=_print_notes)
+            typer.echo(str(out))
+
+
+@app.command()
+def doctor() -> None:
+    """Check this machine, and say how to mend what is wrong."""
+    from fedjax_llm import doctor as checks
+
+    if not checks.print_report(checks.examine()):
+        raise typer.Exit(UserError.exit_code)
+
+
+@models.command("get")
+def models_get(name: Annotated[str, typer.Argument(help="A name of `models list`.")]) -> None:
+    """Fetch a model into the cache and print its folder."""
+    from fedjax_llm.models import hub
+
+    typer.echo(str(hub.get(name, on_progress=lambda line: typer.echo(line, err=True))))
+
+
+@models.command("list")
+def models_list() -> None:
+    """List the models that can be fetched by name."""
+    from fedjax_llm.models import hub
+
+    for name, model in hub.REGISTRY.items():
+        typer.echo(f"{name}\t{model.repository}\t{hub.cached(name) or 'not in the cache'}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The entry point: every error on purpose is one line, and the exit code says of which kind."""
+    command = typer.main.get_command(app)
+    try:
+        with _terminated_as_interrupted():
+            code = command.main(arguments, prog_name="fedjax-llm", standalone_mode=False)
+    except FedJaxError as error:
+        code = _fail(str(error), error.exit_code)
+    except _CommandLineError as error:
+        code = _usage(error)
+    except (KeyboardInterrupt, typer.Abort):
+        code = _fail("interrupted", INTERRUPTED)
+    except BrokenPipeError:
+        # The reader of our output left, as `| head` does; nobody is there to be told.
+        sys.stdout = None
+        code = 1
+    sys.exit(code or 0)
+
+
+def _usage(error: Any) -> int:
+    """Prints what is wrong with the arguments, or the help when there were none."""
+    message = error.format_message()
+    if message.startswith("Usage:"):
+        typer.echo(message, err=True)
+        return UserError.exit_code
+    command = error.ctx.command_path if error.ctx is not None else "fedjax-llm"
+    return _fail(f"{message} (see `{command} --help`)", UserError.exit_code)
+
+
+class _Interrupted(FedJaxError):
+    exit_code = INTERRUPTED
+
+
+def _fail(message: str, code: int) -> int:
+    typer.echo("fedjax-llm: " + " ".join(message.split()), err=True)
+    return code
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM ends a run in the same orderly way as Ctrl-C."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _job() -> ModuleType:
+    # Imported late: it brings JAX, for which `--help` need not wait.
+    from fedjax_llm.runs import job
+
+    return job
+
+
+def _print_notes(event: "Event") -> None:
+    from fedjax_llm.runs.events import Note
+
+    if isinstance(event, Note):
+        typer.echo(event.text, err=True)
+
+
+def _watch(path: Path, work: "Callable[[OnEvent], Summary]") -> None:
+    from fedjax_llm.runs import progress
+
+    with progress.watcher() as on_event:
+        try:
+            summary = work(on_event)
+        except KeyboardInterrupt:
+            from fedjax_llm.runs.checkpoints import Checkpoints
+
+            rounds = Checkpoints(path / "checkpoints").rounds()
+            after = f"after round {rounds[-1]}" if rounds else "before the first checkpoint"
+            raise _Interrupted(
+                f"interrupted {after}; resume with: fedjax-llm resume {path}"
+            ) from None
+    progress.print_summary(summary, path)

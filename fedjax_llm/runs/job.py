@@ -1,0 +1,241 @@
+"""The job: run the rounds of a run file, record each, checkpoint each, end with a report.
+
+A round is done when its checkpoint is complete. Its metrics travel inside the checkpoint, so that
+a process killed between checkpoint and metrics line loses neither.
+"""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+from fedjax_llm.federation import Federation, FederationState, RoundReport
+from fedjax_llm.models import Model, generate
+from fedjax_llm.privacy import PrivacyPlan
+from fedjax_llm.runs import build, machine, metrics, report, runfile, summary
+from fedjax_llm.runs.checkpoints import Checkpoints
+from fedjax_llm.runs.events import (
+    Note,
+    OnEvent,
+    Progress,
+    RoundFinished,
+    RoundStarted,
+    Stage,
+    ignore,
+)
+from fedjax_llm.runs.folder import RunFolder
+from fedjax_llm.runs.metrics import CloudRecord, RoundRecord
+from fedjax_llm.runs.runfile import RunFile
+from fedjax_llm.runs.summary import Sample, Summary
+from fedjax_llm.runs.tensorboard import TensorBoard
+
+
+def run(run_file: RunFile, folder: RunFolder, *, on_event: OnEvent = ignore) -> Summary:
+    """Runs a run file in a folder, from its last complete checkpoint if it has one.
+
+    Args:
+        run_file: what to do.
+        folder: an open, locked run folder.
+        on_event: is told of every stage, round and note.
+
+    Returns:
+        The summary, which is also in summary.json and the report.
+
+    Raises:
+        UserError: a mistake in data, model or settings, or a full disk; every round before is
+            kept.
+        Refused: something that would break the run's privacy or security.
+    """
+    base = build.model(run_file, on_event)
+    corpora = build.corpora(run_file, base, on_event)
+    on_event(Stage("keys" if run_file.secure.sum == "threshold" else "sum"))
+    federation = build.federation(run_file, base, corpora)
+    plan = federation.plan
+    on_event(Note(federation.statement()))
+    on_event(Note(plan.statement()))
+
+    initial = federation.init()
+    checkpoints = Checkpoints(folder.checkpoints, run_file.checkpoint.keep)
+    try:
+        found = checkpoints.latest(like=initial, notify=lambda text: on_event(Note(text)))
+        if found is None:
+            state = initial
+            metrics.truncate(folder.metrics, -1)
+        else:
+            state = found.tree
+            records = metrics.truncate(folder.metrics, found.round)
+            if not records or records[-1]["round"] < found.round:
+                metrics.append(folder.metrics, cast(RoundRecord, found.metadata["record"]))
+            on_event(Note(f"continuing after round {found.round} of {run_file.rounds}"))
+        with TensorBoard(folder.tensorboard, metrics.read(folder.metrics)) as board:
+            if found is None:
+                on_event(RoundStarted(0, run_file.rounds))
+                record = _before_training(federation, initial, on_event)
+                _finish_round(folder, checkpoints, board, initial, record, on_event)
+            for number in range(int(state.round) + 1, run_file.rounds + 1):
+                on_event(RoundStarted(number, run_file.rounds))
+                state, record = _one_round(federation, plan, run_file, state, on_event)
+                _finish_round(folder, checkpoints, board, state, record, on_event)
+    finally:
+        checkpoints.close()
+
+    result = summary.summarise(
+        metrics.read(folder.metrics),
+        name=run_file.name,
+        seed=run_file.seed,
+        privacy_statement=plan.statement(),
+        secure_statement=federation.statement(),
+        sample=_sample(run_file, base, initial, state, on_event),
+        parameters_trained=federation.parameters,
+        versions=machine.versions(),
+        machine=machine.machine(),
+    )
+    on_event(Stage("report"))
+    folder.write("summary.json", result.to_json())
+    report.write(folder)
+    return result
+
+
+def resume(path: Path, *, on_event: OnEvent = ignore) -> Summary:
+    """Continues the run in a folder to its end; a finished one is only reported again."""
+    with RunFolder.open(path, write=True) as folder:
+        return run(runfile.load(folder.run_toml), folder, on_event=on_event)
+
+
+def _before_training(
+    federation: Federation, state: FederationState, on_event: OnEvent
+) -> RoundRecord:
+    on_event(Progress(0, 1, "evaluate"))
+    started = time.perf_counter()
+    losses = federation.evaluate(state)
+    seconds = time.perf_counter() - started
+    on_event(Progress(1, 1, "evaluate"))
+    return RoundRecord(
+        round=0,
+        loss_eval_nats=_mean(list(losses.values())),
+        seconds_evaluate=seconds,
+        seconds_round=seconds,
+        clouds={name: CloudRecord(loss_eval_nats=value) for name, value in losses.items()},
+    )
+
+
+def _one_round(
+    federation: Federation,
+    plan: PrivacyPlan,
+    run_file: RunFile,
+    state: FederationState,
+    on_event: OnEvent,
+) -> tuple[FederationState, RoundRecord]:
+    stages = ("train", "encrypt", "decrypt", "evaluate")
+    started = time.perf_counter()
+    state, done = federation.run_round(
+        state, on_stage=lambda stage: on_event(Progress(stages.index(stage), len(stages), stage))
+    )
+    last = done.round == run_file.rounds
+    losses: dict[str, float] = {}
+    seconds_evaluate = 0.0
+    if last or done.round % run_file.evaluation.every_rounds == 0:
+        on_event(Progress(3, len(stages), "evaluate"))
+        before = time.perf_counter()
+        losses = federation.evaluate(state)
+        seconds_evaluate = time.perf_counter() - before
+    on_event(Progress(len(stages), len(stages), "evaluate"))
+    record = _record(done, losses, plan)
+    record["seconds_evaluate"] = seconds_evaluate
+    record["seconds_round"] = time.perf_counter() - started
+    return state, record
+
+
+def _record(done: RoundReport, losses: dict[str, float], plan: PrivacyPlan) -> RoundRecord:
+    spent = plan.report(done.round)
+    per_cloud = plan.epsilon_per_cloud(done.round) if plan.unit == "example" else None
+    clouds: dict[str, CloudRecord] = {}
+    for index, (name, cloud) in enumerate(done.clouds.items()):
+        clouds[name] = CloudRecord(
+            loss_train_nats=cloud.loss_train_nats,
+            examples=cloud.rows,
+            uplink_bytes=cloud.uplink_bytes,
+            downlink_bytes=cloud.downlink_bytes,
+            seconds_link=cloud.seconds_link,
+        )
+        if name in losses:
+            clouds[name]["loss_eval_nats"] = losses[name]
+        if spent.epsilon is None:
+            clouds[name]["epsilon_reason"] = spent.reason or ""
+        else:
+            clouds[name]["epsilon"] = spent.epsilon if per_cloud is None else per_cloud[index]
+    record = RoundRecord(
+        round=done.round,
+        loss_train_nats=done.loss_train_nats,
+        epsilon=spent.epsilon,
+        delta=spent.delta,
+        uplink_bytes=done.uplink_bytes,
+        downlink_bytes=done.downlink_bytes,
+        seconds_train=done.seconds["train"],
+        seconds_encrypt=done.seconds["encrypt"],
+        seconds_add=done.seconds["add"],
+        seconds_decrypt=done.seconds["decrypt"],
+        seconds_virtual=done.seconds_virtual,
+        tokens=done.tokens,
+        tokens_per_second=done.tokens / done.seconds["train"],
+        update_norm=done.update_norm,
+        clipped_fraction=done.clipped_fraction,
+        clouds=clouds,
+    )
+    if spent.reason is not None:
+        record["epsilon_reason"] = spent.reason
+    if losses:
+        record["loss_eval_nats"] = _mean(list(losses.values()))
+    return record
+
+
+def _finish_round(
+    folder: RunFolder,
+    checkpoints: Checkpoints,
+    board: TensorBoard,
+    state: FederationState,
+    record: RoundRecord,
+    on_event: OnEvent,
+) -> None:
+    started = time.perf_counter()
+    checkpoints.save(record["round"], state, {"record": metrics.strict(record)})
+    record["seconds_checkpoint"] = time.perf_counter() - started
+    record["seconds_round"] += record["seconds_checkpoint"]
+    metrics.append(folder.metrics, record)
+    board.add(record)
+    on_event(RoundFinished(record))
+
+
+def _sample(
+    run_file: RunFile,
+    base: Model,
+    initial: FederationState,
+    final: FederationState,
+    on_event: OnEvent,
+) -> Sample | None:
+    """One answer of the model as it was and as it has become."""
+    prompt = run_file.evaluation.prompt
+    if prompt is None:
+        return None
+    on_event(Stage("answer", prompt))
+    tokenizer = base.tokenizer
+    if run_file.training.template == "chat":
+        messages = [{"role": "user", "content": prompt}]
+        if run_file.training.system_prompt:
+            messages.insert(0, {"role": "system", "content": run_file.training.system_prompt})
+        text = tokenizer.render_chat(messages, add_generation_prompt=True)
+    else:
+        text = f"{prompt}\n"
+    ids = tokenizer.encode(text)
+    before, after = (
+        tokenizer.decode(
+            generate(base, state.server.adapter, ids, run_file.evaluation.max_new_tokens)
+        ).strip()
+        for state in (initial, final)
+    )
+    return Sample(prompt, before, after)
+
+
+def _mean(losses: Sequence[float]) -> float:
+    """Unweighted over clouds: each counts once, whatever it holds."""
+    return sum(losses) / len(losses)

@@ -1,0 +1,45 @@
+"""The low-rank product against the dense one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedjax_llm_kernels.low_rank import low_rank_matmul
+
+
+def arrays(*shapes: tuple[int, ...]) -> list[jax.Array]:
+    return [jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes)]
+
+
+def test_equals_the_dense_product_with_any_leading_axes():
+    x, a, b = arrays((2, 3, 8), (8, 2), (2, 5))
+    dense = np.asarray(x, np.float64) @ (
+        1.5 * np.asarray(a, np.float64) @ np.asarray(b, np.float64)
+    )
+    np.testing.assert_allclose(low_rank_matmul(x, a, b, 1.5), dense, rtol=1e-4, atol=1e-5)
+
+
+def test_one_adapter_for_each_client_by_vmap_equals_a_loop():
+    x, a, b = arrays((4, 3, 8), (4, 8, 2), (4, 2, 5))
+    batched = jax.vmap(low_rank_matmul, in_axes=(0, 0, 0, None))(x, a, b, 0.5)
+    for client in range(4):
+        one = low_rank_matmul(x[client], a[client], b[client], 0.5)
+        np.testing.assert_allclose(batched[client], one, rtol=1e-5, atol=1e-6)
+
+
+def test_the_dense_matrix_is_never_formed():
+    x, a, b = arrays((1, 512), (512, 2), (2, 512))
+    flops = jax.jit(low_rank_matmul).lower(x, a, b, 1.0).compile().cost_analysis()["flops"]
+    assert flops < 512 * 512
+
+
+def test_gradients_are_those_of_the_dense_product():
+    x, a, b = arrays((3, 8), (8, 2), (2, 5))
+    low = jax.grad(lambda *args: jnp.sum(jnp.sin(low_rank_matmul(*args, 0.5))), (0, 1, 2))(x, a, b)
+    dense = jax.grad(lambda x, a, b: jnp.sum(jnp.sin(x @ (a @ b) * 0.5)), (0, 1, 2))(x, a, b)
+    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-5), low, dense)
+
+
+def test_keeps_bfloat16():
+    x, a, b = (array.astype(jnp.bfloat16) for array in arrays((3, 8), (8, 2), (2, 5)))
+    assert low_rank_matmul(x, a, b, 2.0).dtype == jnp.bfloat16

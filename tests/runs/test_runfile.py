@@ -1,0 +1,361 @@
+"""Run files: every mistake is one line that names the place, the key and the cure."""
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedjax_llm.errors import FedJaxError, Refused, UserError
+from fedjax_llm.runs import runfile, toml_errors
+
+GOOD = """\
+name = "three"
+rounds = 2
+
+[model]
+name = "smollm2-135m"
+
+[adapter]
+rank = 4
+targets = [
+  "q_proj",  # a comment, with [brackets] and "quotes"
+  "v_proj",
+]
+
+[training]
+learning_rate = 1e-3
+
+[privacy]
+clip_norm = 1.0
+
+[secure]
+sum = "threshold"
+threshold = 2
+
+[[clouds]]
+name = "medical"
+link = { up_mbps = 50.0, down_mbps = 100.0 }
+data.sources = ["builtin:medical"]
+
+[[clouds]]
+name = "finance"
+[clouds.data]
+sources = ["builtin:finance"]
+eval_fraction = 0.2
+"""
+
+
+def message(tmp_path: Path, source: str, *overrides: str) -> str:
+    path = tmp_path / "q.toml"
+    path.write_text(source)
+    with pytest.raises(FedJaxError) as caught:
+        runfile.load(path, overrides)
+    assert "\n" not in str(caught.value)
+    return str(caught.value).replace(f"{tmp_path}/", "")
+
+
+def test_defaults_and_types(tmp_path: Path) -> None:
+    path = tmp_path / "q.toml"
+    path.write_text(GOOD)
+    run_file = runfile.load(path)
+    assert run_file.adapter.targets == ("q_proj", "v_proj")
+    assert [cloud.name for cloud in run_file.clouds] == ["medical", "finance"]
+    assert run_file.clouds[1].link == runfile.Link()
+    assert run_file.training.clients_at_once == "auto"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        (
+            "learning_rate",
+            "learning_rat",
+            "q.toml:15: unknown key [training] learning_rat; did you mean learning_rate?",
+        ),
+        (
+            "[training]",
+            "[traning]",
+            "q.toml:14: unknown section [traning]; did you mean [training]?",
+        ),
+        (
+            "learning_rate = 1e-3",
+            "rank = 3",
+            "q.toml:15: unknown key [training] rank; did you mean [adapter] rank?",
+        ),
+        (
+            "up_mbps",
+            "up_mpbs",
+            "q.toml:26: unknown key [clouds.medical] link.up_mpbs; did you mean up_mbps?",
+        ),
+        ("rank = 4", 'rank = "4"', 'q.toml:8: [adapter] rank must be an integer, got "4"'),
+        ("rank = 4", "rank = 4.5", "q.toml:8: [adapter] rank must be an integer, got 4.5"),
+        ("rank = 4", "rank = true", "q.toml:8: [adapter] rank must be an integer, got true"),
+        ("rank = 4", "rank = 0", "q.toml:8: [adapter] rank must be at least 1, got 0"),
+        (
+            '"v_proj"',
+            "3",
+            'q.toml:11: [adapter] targets.1 must be a string in quotes, as "this", got 3',
+        ),
+        ("= 1.0", "= 0", "q.toml:18: [privacy] clip_norm must be greater than 0, got 0"),
+        ("= 1.0", "= nan", "q.toml:18: [privacy] clip_norm must be a finite number, got nan"),
+        ("rounds = 2", "", "q.toml: the key rounds is missing"),
+        ("rounds = 2", "rounds = ", "q.toml:2: not valid TOML: invalid value"),
+        ('name = "finance"', "", "q.toml:29: the key [clouds.1] name is missing"),
+        (
+            'name = "smollm2-135m"',
+            "",
+            "q.toml:4: [model] takes either name or path, neither given",
+        ),
+        (
+            '"threshold"',
+            '"treshold"',
+            'q.toml:21: [secure] sum must be one of "plain", "threshold", got "treshold"; '
+            'did you mean "threshold"?',
+        ),
+        (
+            'name = "finance"',
+            'name = "medical"',
+            'q.toml:30: [clouds.medical] name must be unique among the clouds, got "medical"',
+        ),
+        (
+            "threshold = 2",
+            "threshold = 3",
+            "q.toml:22: [secure] threshold must be between 2 and 2, the number of clouds, got 3",
+        ),
+        (
+            "[privacy]",
+            '[aggregation]\nrule = "median"\n[privacy]',
+            'q.toml:18: [aggregation] rule must be one of "ffa", "factor-averaging", got "median"',
+        ),
+        (
+            '["builtin:finance"]',
+            '["missing.csv"]\nmapping = {prompt = "q", answer = "a"}',
+            "q.toml:32: [clouds.finance] data.sources.0: there is no missing.csv",
+        ),
+        (
+            '["builtin:finance"]',
+            '["missing.csv"]',
+            "q.toml:31: [clouds.finance] data needs a mapping from columns to prompt and answer, "
+            'as mapping = {prompt = "question", answer = "answer"}',
+        ),
+        (
+            "builtin:finance",
+            "builtin:finace",
+            "q.toml:32: [clouds.finance] data.sources.0 must be a file, a folder or one of "
+            'builtin:medical, builtin:finance, builtin:general, got "builtin:finace"',
+        ),
+        (
+            "rank = 4",
+            "rank = 0\nalpha = 0",
+            "q.toml:8: [adapter] rank must be at least 1, got 0 (and 1 more)",
+        ),
+    ],
+)
+def test_messages(tmp_path: Path, old: str, new: str, expected: str) -> None:
+    assert message(tmp_path, GOOD.replace(old, new, 1)) == expected
+
+
+def test_a_threshold_of_one_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "q.toml"
+    path.write_text(GOOD.replace("threshold = 2", "threshold = 1"))
+    with pytest.raises(Refused, match="every cloud could decrypt alone"):
+        runfile.load(path)
+
+
+def test_one_cloud_cannot_share_a_key(tmp_path: Path) -> None:
+    alone = GOOD[: GOOD.rindex("[[clouds]]")]
+    assert "needs at least 2 clouds to share the key" in message(tmp_path, alone)
+
+
+def test_a_missing_file_is_a_user_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="No such file"):
+        runfile.load(tmp_path / "nope.toml")
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="not UTF-8"):
+        runfile.load(tmp_path / "binary.toml")
+
+
+def test_paths_come_out_absolute_from_the_folder_of_the_file(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "sub").mkdir()
+    path = tmp_path / "sub" / "q.toml"
+    text = GOOD.replace("builtin:medical", "../data").replace(
+        'name = "smollm2-135m"', 'path = "../model"'
+    )
+    path.write_text(
+        text.replace("data.sources", 'data.mapping = {prompt = "a", answer = "b"}\ndata.sources')
+    )
+    run_file = runfile.load(path)
+    assert run_file.model.path == str(tmp_path / "model")
+    assert run_file.clouds[0].data.sources == (str(tmp_path / "data"),)
+    # What is resolved can be written anywhere.
+    (tmp_path / "run.toml").write_text(runfile.to_toml(run_file))
+    assert runfile.load(tmp_path / "run.toml") == run_file
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        (
+            "seed=3",
+            "training.clients_at_once=2",
+            "secure.bits=16",
+            "evaluation.prompt=Why is it so?",
+        ),
+        ("clouds.finance.data.limit=7", "adapter.targets=['all-linear']", "privacy.delta=1e-7"),
+    ],
+)
+def test_the_resolved_file_loads_back_equal(tmp_path: Path, overrides: tuple[str, ...]) -> None:
+    (tmp_path / "q.toml").write_text(GOOD)
+    run_file = runfile.load(tmp_path / "q.toml", overrides)
+    (tmp_path / "run.toml").write_text(runfile.to_toml(run_file))
+    assert runfile.load(tmp_path / "run.toml") == run_file
+
+
+def test_overrides(tmp_path: Path) -> None:
+    (tmp_path / "q.toml").write_text(GOOD)
+    run_file = runfile.load(
+        tmp_path / "q.toml",
+        ["clouds.0.link.up_mbps=5", "clouds.finance.link.latency_ms=1.5", "privacy.unit=client"],
+    )
+    assert run_file.clouds[0].link.up_mbps == 5
+    assert run_file.clouds[1].link.latency_ms == 1.5
+    assert run_file.privacy.unit == "client"
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        (
+            "training.learning_rat=1",
+            "unknown key [training] learning_rat; did you mean learning_rate?",
+        ),
+        ("trainig.learning_rate=1", "unknown section [trainig]; did you mean [training]?"),
+        ("privacy.clip_norm=0", "[privacy] clip_norm must be greater than 0, got 0"),
+        ("clouds.medcal.link.up_mbps=5", "no cloud medcal; did you mean medical?"),
+        ("clouds.7.link.up_mbps=5", "no cloud 7; there are medical, finance"),
+        ("rounds", "write it as section.key=value"),
+        ("rounds.x=1", "rounds is a value, not a section"),
+        ("rounds=[1", "the value is not TOML: Unclosed array"),
+        ("rounds=1\nseed=2", 'rounds must be an integer, got "1\\nseed=2"'),
+        ("model.path=/nope", "[model] takes either name or path, both given"),
+    ],
+)
+def test_override_messages(tmp_path: Path, override: str, expected: str) -> None:
+    path = tmp_path / "q.toml"
+    path.write_text(GOOD)
+    with pytest.raises(UserError) as caught:
+        runfile.load(path, [override])
+    assert str(caught.value).endswith(expected)
+    if "model.path" not in override:
+        assert str(caught.value).startswith(f"--set {override}: ")
+
+
+def test_objects_are_frozen_and_checked_from_python_too() -> None:
+    cloud = runfile.Cloud(name="a", data=runfile.DataSection(sources=("builtin:medical",)))
+    run_file = runfile.RunFile(
+        name="x", rounds=1, model=runfile.ModelSection(name="m"), clouds=(cloud,)
+    )
+    with pytest.raises(ValueError, match="frozen"):
+        run_file.rounds = 2  # type: ignore[misc]
+    with pytest.raises(ValueError, match="unique among the clouds"):
+        runfile.RunFile(
+            name="x", rounds=1, model=runfile.ModelSection(name="m"), clouds=(cloud, cloud)
+        )
+
+
+def test_the_quickstart_is_a_valid_run_file() -> None:
+    root = Path(__file__).resolve().parents[2]
+    run_file = runfile.load(root / "experiments" / "quickstart" / "quickstart.toml")
+    assert [cloud.name for cloud in run_file.clouds] == ["medical", "finance", "general"]
+    assert run_file.secure.sum == "threshold"
+
+
+def test_lines_of_everything_toml_can_write() -> None:
+    source = '''\
+a.b = 1
+"quoted key" = """
+[not.a.table]
+x = 1 """  # comment = 1
+\'lit"eral\' = '\\'
+list = [ # [
+  {x = 1, y = [2,
+     3]}, """a
+]""", 2024-01-01,
+]
+[t."d.o.t"]
+k = "\\"]"
+[[s]]
+x = 1
+[[s.u]]
+y = 1
+[[s.u]]
+y = 2
+[[s]]
+u.y = 3
+'''
+    tomllib.loads(source)
+    lines = toml_errors.key_lines(source)
+    expected = {
+        ("a", "b"): 1,
+        ("quoted key",): 2,
+        ('lit"eral',): 5,
+        ("list",): 6,
+        ("list", 0, "x"): 7,
+        ("list", 0, "y", 1): 8,
+        ("list", 1): 8,
+        ("list", 2): 9,
+        ("t", "d.o.t"): 11,
+        ("t", "d.o.t", "k"): 12,
+        ("s", 0, "x"): 14,
+        ("s", 0, "u", 0, "y"): 16,
+        ("s", 0, "u", 1, "y"): 18,
+        ("s", 1): 19,
+        ("s", 1, "u", "y"): 20,
+    }
+    assert {key: lines.get(key) for key in expected} == expected
+
+
+SCALARS = st.one_of(st.integers(-5, 5), st.booleans(), st.text(max_size=6), st.floats(0, 1))
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=4), inner, max_size=3)
+    ),
+    max_leaves=12,
+)
+
+
+@given(st.dictionaries(st.text(max_size=4), VALUES, max_size=4))
+def test_the_scanner_finds_every_key_that_tomllib_finds(content: dict[str, Any]) -> None:
+    import tomli_w
+
+    source = tomli_w.dumps(content)
+    lines = toml_errors.key_lines(source)
+    count = source.count("\n") + 1
+
+    def check(value: Any, path: tuple[Any, ...]) -> None:
+        if path:
+            assert 1 <= lines[path] <= count
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                check(inner, (*path, key))
+        elif isinstance(value, list):
+            for index, inner in enumerate(value):
+                check(inner, (*path, index))
+
+    check(tomllib.loads(source), ())
+
+
+@given(st.text(max_size=30))
+def test_any_override_is_a_value_or_a_user_error(override: str) -> None:
+    root = Path(__file__).resolve().parents[2]
+    try:
+        runfile.load(root / "experiments" / "quickstart" / "quickstart.toml", [override])
+    except FedJaxError:
+        return
