@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from fedjax_llm.lora import Adapter
+from fedjax_llm.training import optimizer_step
 
 PyTree = Any
 
@@ -72,6 +73,5 @@ class AggregationRule:
         """
         current = self.trainable(state.adapter)
         gradient = jax.tree.map(jnp.negative, mean_message)
-        updates, optimizer = self.optimizer.update(gradient, state.optimizer, current)
-        adapter = self.replace(state.adapter, optax.apply_updates(current, updates))
-        return ServerState(adapter, optimizer)
+        after, optimizer = optimizer_step(self.optimizer, gradient, state.optimizer, current)
+        return ServerState(self.replace(state.adapter, after), optimizer)

@@ -33,6 +33,7 @@ from fedjax_llm.training import LocalTraining
 PyTree = Any
 OnStage = Callable[[str], None]
 
+
 class Federation:
     """Clouds that fine-tune one model together.
 
@@ -121,7 +122,7 @@ class Federation:
         self._tables = self.layout.shard(client_tables(self.participants, training))
         self._held_out = HeldOut(
             self.layout,
-            [participant.corpus.evaluation for participant in participants],
+            [participant.evaluation for participant in participants],
             lambda base, adapter, batch: loss(model.config, base, adapter, batch, dtype=dtype),
             evaluation_microbatch,
         )
@@ -250,7 +251,7 @@ class Federation:
                     f"local training clips and noises with {done}, the plan accounts for "
                     f"{(plan.clip_norm, plan.noise_multiplier)}"
                 )
-            if any(np.max(p.corpus.train.segments_BxT) > 1 for p in self.participants):
+            if any(np.max(p.train.segments_BxT) > 1 for p in self.participants):
                 raise Refused("a row holds several examples; pack nothing with unit 'example'")
             rows = tuple(participant.rows for participant in self.participants)
             if rows != plan.units:
@@ -376,7 +377,7 @@ class Federation:
         else:
             norms = np.asarray(outputs.message.norm)[: len(self._names)]
             clipped = float(np.mean((norms * self._weights_K > self._codec.max_norm)[online_K]))
-        length = self.participants[0].corpus.train.tokens_BxT.shape[1]
+        length = self.participants[0].train.tokens_BxT.shape[1]
         return RoundReport(
             round=round_number,
             clouds=clouds,

@@ -7,30 +7,32 @@ import jax
 import numpy as np
 
 from fedjax_llm.clouds import Cloud
-from fedjax_llm.data import Corpus
 from fedjax_llm.errors import UserError
+from fedjax_llm.models import Batch
 from fedjax_llm.privacy import SamplerSpec
 from fedjax_llm.training import ClientTable, LocalTraining
 
 
 @dataclass(frozen=True)
 class Participant:
-    """A cloud with its data.
+    """A cloud with its data, which never leaves it.
 
     Attributes:
         cloud: name and link.
-        corpus: its training and evaluation rows; they never leave it.
+        train: its training rows [N, T], numpy; with example privacy a row is one example.
+        evaluation: its held-out rows [E, T], numpy.
         offline_rounds: rounds in which it cannot be reached: it neither trains nor decrypts.
     """
 
     cloud: Cloud
-    corpus: Corpus
+    train: Batch
+    evaluation: Batch
     offline_rounds: frozenset[int] = frozenset()
 
     @property
     def rows(self) -> int:
         """Training rows it holds."""
-        return len(self.corpus.train.tokens_BxT)
+        return len(self.train.tokens_BxT)
 
 
 def sampler_of(participants: Sequence[Participant], training: LocalTraining) -> SamplerSpec:
@@ -44,7 +46,7 @@ def sampler_of(participants: Sequence[Participant], training: LocalTraining) -> 
 def client_tables(participants: Sequence[Participant], training: LocalTraining) -> ClientTable:
     """The clouds' rows in one table [K, N, T], shorter ones padded with empty rows."""
     sizes = [participant.rows for participant in participants]
-    lengths = {participant.corpus.train.tokens_BxT.shape[1] for participant in participants}
+    lengths = {participant.train.tokens_BxT.shape[1] for participant in participants}
     if len(lengths) != 1:
         raise UserError(f"all clouds need rows of one length, got {sorted(lengths)} tokens")
 
@@ -52,7 +54,7 @@ def client_tables(participants: Sequence[Participant], training: LocalTraining) 
         padding = [[(0, max(sizes) - len(leaf)), (0, 0)] for leaf in leaves]
         return np.stack([np.pad(leaf, pad) for leaf, pad in zip(leaves, padding, strict=True)])
 
-    rows = jax.tree.map(stack, *[participant.corpus.train for participant in participants])
+    rows = jax.tree.map(stack, *[participant.train for participant in participants])
     # From the sampler's own description, so that what is drawn is what is accounted for.
     rates = sampler_of(participants, training).rates or (0.0,) * len(sizes)
     return ClientTable(rows, np.array(sizes, np.int32), np.array(rates, np.float32))

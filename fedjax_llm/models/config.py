@@ -273,11 +273,17 @@ def _rope(values: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
         raise UserError(f"rope_scaling factor must be at least 1, got {factor}; mend config.json")
     if kind == "linear":
         return theta, RopeScaling("linear", factor)
+    low, high = float(parameters["low_freq_factor"]), float(parameters["high_freq_factor"])
+    if not high > low > 0.0:
+        raise UserError(
+            f"rope_scaling needs high_freq_factor above low_freq_factor above 0, got {high} and "
+            f"{low}; mend config.json"
+        )
     return theta, RopeScaling(
         "llama3",
         factor,
-        float(parameters["low_freq_factor"]),
-        float(parameters["high_freq_factor"]),
+        low,
+        high,
         int(parameters["original_max_position_embeddings"]),
     )
 

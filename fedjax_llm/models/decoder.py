@@ -209,6 +209,7 @@ def base_shapes(config: DecoderConfig) -> Base:
     return jax.tree.map(lambda leaf: leaf, _abstract(config)[1])
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def init_base(config: DecoderConfig, key: jax.Array) -> Base:
     """Random float32 weights, for tests and for training from nothing."""
     return nnx.to_pure_dict(nnx.state(Decoder(config, rngs=nnx.Rngs(params=key))))

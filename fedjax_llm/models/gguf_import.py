@@ -131,7 +131,8 @@ def _config(source: GgufFile) -> dict[str, Any]:
         )
     heads, hidden = whole("attention.head_count"), whole("embedding_length")
     layers = whole("block_count")
-    if not heads or f"blk.{layers - 1}.attn_q.weight" not in source.tensors:
+    queries = (f"blk.{layer}.attn_q.weight" for layer in range(layers))
+    if not heads or not layers or any(name not in source.tensors for name in queries):
         raise UserError(
             f"{source.path} does not hold the {layers} attention layers that it states; "
             "use a complete model file"

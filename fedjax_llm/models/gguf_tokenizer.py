@@ -7,6 +7,7 @@ own tokenizers.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -111,6 +112,8 @@ def _sentencepiece(
         raise UserError(
             f"GGUF file holds {len(pieces)} tokens but {len(scores)} scores; use another file"
         )
+    if not all(map(math.isfinite, scores)):
+        raise UserError("GGUF token scores hold NaN or infinity; download the file again")
     return llama2c.score_bpe_json(
         pieces,
         scores,

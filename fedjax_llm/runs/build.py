@@ -134,7 +134,8 @@ def federation(run_file: RunFile, base: Model, data: list[Corpus]) -> Federation
         [
             Participant(
                 Cloud(cloud.name, Link(**cloud.link.model_dump())),
-                corpus,
+                corpus.train,
+                corpus.evaluation,
                 frozenset(cloud.offline_rounds),
             )
             for cloud, corpus in zip(run_file.clouds, data, strict=True)

@@ -12,7 +12,10 @@ from fedjax_llm.runs.metrics import STAGES, RoundRecord, strict
 
 @dataclass(frozen=True)
 class CloudSummary:
-    """One cloud's result. Losses are nats per target token on held-out text."""
+    """One cloud's result. Losses are nats per target token on held-out text.
+
+    `examples` counts the rows that it trained on in all rounds, repeats included.
+    """
 
     loss_before_nats: float | None
     loss_after_nats: float | None
@@ -180,7 +183,7 @@ def _cloud(records: Sequence[RoundRecord], name: str) -> CloudSummary:
     return CloudSummary(
         loss_before_nats=own[0].get("loss_eval_nats"),
         loss_after_nats=losses[-1] if len(losses) > 1 else None,
-        examples=max((part.get("examples", 0) for part in own), default=0),
+        examples=int(_total(own, "examples")),
         uplink_bytes=int(_total(own, "uplink_bytes")),
         downlink_bytes=int(_total(own, "downlink_bytes")),
         epsilon=last.get("epsilon"),

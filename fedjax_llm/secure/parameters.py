@@ -32,6 +32,8 @@ from fedjax_llm.errors import UserError
 # (51 with some limb sizes; measured, and tested again whenever a context is made).
 MAX_PLAINTEXT_BITS = 50
 FLOODING_BITS = 120
+# Up to these the ciphertext noise E stays below the 2^50 that the flooding argument assumes.
+MAX_SUMMANDS, MAX_PARTIES = 2**20, 64
 MIN_LIMB_BITS, MAX_LIMB_BITS = 30, 60
 HE_STANDARD_128 = {8192: 218, 16384: 438}
 _LARGEST_RING = max(HE_STANDARD_128)
@@ -119,12 +121,18 @@ def choose(max_abs: int, summands: int, parties: int) -> Parameters:
         parties: number of clouds that hold a key share.
 
     Raises:
-        UserError: a single sum does not fit a slot of 50 bits.
+        UserError: more summands or clouds than the noise argument covers, or a single sum that
+            does not fit a slot of 50 bits.
     """
     if max_abs < 1 or summands < 1 or parties < 2:
         raise UserError(
             f"an encrypted sum needs max_abs and summands of at least 1 and 2 or more parties, "
             f"got {max_abs}, {summands} and {parties}"
+        )
+    if summands > MAX_SUMMANDS or parties > MAX_PARTIES:
+        raise UserError(
+            f"an encrypted sum takes up to {MAX_SUMMANDS} summands and {MAX_PARTIES} clouds, got "
+            f"{summands} and {parties}"
         )
     radix = 2 * max_abs * summands + 1
     best: Parameters | None = None

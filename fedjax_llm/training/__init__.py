@@ -6,6 +6,7 @@ from fedjax_llm.training.local import ExamplePrivacy as ExamplePrivacy
 from fedjax_llm.training.local import LocalTraining as LocalTraining
 from fedjax_llm.training.local import client_update as client_update
 from fedjax_llm.training.optimizers import OPTIMIZERS as OPTIMIZERS
+from fedjax_llm.training.optimizers import optimizer_step as optimizer_step
 
 __all__ = [
     "OPTIMIZERS",
@@ -14,4 +15,5 @@ __all__ = [
     "ExamplePrivacy",
     "LocalTraining",
     "client_update",
+    "optimizer_step",
 ]

@@ -20,6 +20,7 @@ from fedjax_llm.privacy import (
     poisson_sample,
     uniform_batches,
 )
+from fedjax_llm.training.optimizers import optimizer_step
 
 PyTree = Any
 RowLoss = Callable[[PyTree, PyTree], jax.Array]
@@ -128,8 +129,7 @@ def client_update(
             sampling_key,
             jax.random.fold_in(noise_key, step_index),
         )
-        updates, state = training.optimizer.update(grads, state, params)
-        return (optax.apply_updates(params, updates), state), metrics
+        return optimizer_step(training.optimizer, grads, state, params), metrics
 
     (trained, optimizer_state), metrics_S = jax.lax.scan(
         step, (trainable, optimizer_state), jnp.arange(training.steps)

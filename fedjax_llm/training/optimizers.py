@@ -1,8 +1,12 @@
-"""The optimisers that a run file can name, for clients and server alike."""
+"""The optimisers that a run file can name, for clients and server alike, and one step of any."""
 
 from collections.abc import Callable
+from typing import Any
 
+import jax
 import optax
+
+PyTree = Any
 
 OPTIMIZERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
     "sgd": optax.sgd,
@@ -11,3 +15,20 @@ OPTIMIZERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
     "adam": optax.adam,
     "adamw": optax.adamw,
 }
+
+
+def optimizer_step(
+    optimizer: optax.GradientTransformation, gradient: PyTree, state: PyTree, params: PyTree
+) -> tuple[PyTree, PyTree]:
+    """Returns the parameters and the optimiser's state after one step; pure.
+
+    Args:
+        optimizer: any optax transformation.
+        gradient: like `params`.
+        state: from `optimizer.init(params)` or the last step.
+        params: float32 leaves.
+    """
+    # Optax counts steps in integers and raises floats to them, which strict promotion forbids.
+    with jax.numpy_dtype_promotion("standard"):
+        updates, state = optimizer.update(gradient, state, params)
+    return optax.apply_updates(params, updates), state

@@ -27,7 +27,7 @@ def oracle(hidden, unembed, targets):
     return nll, np.exp(logits - lse) @ unembed - unembed[targets]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     rows=st.integers(1, 5),
     width=st.integers(1, 9),
@@ -59,13 +59,6 @@ def test_large_logits_do_not_overflow():
     got = jax.grad(lambda h: jnp.sum(chunked_cross_entropy(h, unembed, targets, 7)))(hidden)
     np.testing.assert_allclose(values, nll, rtol=1e-5, atol=1e-2)
     np.testing.assert_allclose(got, gradient, rtol=1e-3, atol=1e-3)
-
-
-def test_numerical_derivative_agrees():
-    hidden, unembed, targets = problem(3, 5, 11, seed=1)
-    jax.test_util.check_grads(
-        lambda h: chunked_cross_entropy(h, unembed, targets, 4), (hidden,), order=1, modes=["rev"]
-    )
 
 
 def test_bfloat16_is_accumulated_in_float32():

@@ -92,7 +92,7 @@ def numpy_logits(config: DecoderConfig, base, tokens) -> np.ndarray:
 
     stream = [base["embed"][token] for token in tokens]
     for layer in range(config.num_layers):
-        block = jax.tree.map(lambda leaf: leaf[layer], base["layers"])
+        block = jax.tree.map(lambda leaf, layer=layer: leaf[layer], base["layers"])
 
         def linear(name, x, block=block):
             return x @ block[name]["kernel"] + block[name].get("bias", 0.0)
@@ -316,13 +316,13 @@ def test_bfloat16_gradients_run_under_strict_promotion():
 
 
 @pytest.mark.parametrize("token", [-1, 61])
-def test_a_token_outside_the_vocabulary_is_nan_not_another_token(token):
-    tokens = jnp.asarray([[3, token]], jnp.int32)
+def test_a_token_outside_the_vocabulary_is_nan_in_its_row_and_not_another_token(token):
+    tokens = jnp.asarray([[3, token], [3, 4]], jnp.int32)
     logits = logits_of(PLAIN, weights(PLAIN), None, tokens)
-    assert np.isfinite(logits[0, 0]).all() and np.isnan(logits[0, 1]).all()
+    assert np.isnan(logits[0, 1]).all() and np.isfinite(logits[1]).all()
 
 
 def test_an_adapter_of_another_model_is_refused():
     other = dataclasses.replace(PLAIN, hidden_size=32)
-    with pytest.raises(UserError, match="q_proj"):
+    with pytest.raises(UserError, match="adapter factor down_proj"):
         apply(PLAIN, weights(PLAIN), trained(other), tokens_of(PLAIN, 1, 4))

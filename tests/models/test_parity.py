@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fedjax_llm.lora import merge, read_peft
-from fedjax_llm.models import Batch, Model, apply, generate, hub, load_model, target_nll
+from fedjax_llm.models import Batch, Model, apply, generate, load_model, target_nll
 
 logits_of = partial(jax.jit, static_argnums=0)(apply)
 
@@ -58,14 +58,11 @@ def test_logits_with_a_peft_adapter(story):
 
 
 @pytest.fixture(scope="module")
-def chat_model(shared: Path) -> tuple[Model, dict, dict[str, np.ndarray]]:
-    folder = hub.cached("smollm2-135m")
-    if folder is None:
-        pytest.skip("needs smollm2-135m in the model cache")
+def chat_model(smollm2: Path, shared: Path) -> tuple[Model, dict, dict[str, np.ndarray]]:
     name = shared / "reference" / "smollm2-135m-transformers"
     with np.load(name.with_suffix(".npz"), allow_pickle=False) as file:
         arrays = dict(file)
-    return load_model(folder), json.loads(name.with_suffix(".json").read_text("utf-8")), arrays
+    return load_model(smollm2), json.loads(name.with_suffix(".json").read_text("utf-8")), arrays
 
 
 @pytest.mark.slow

@@ -95,7 +95,7 @@ def test_damage_is_told_and_the_one_before_is_used(tmp_path: Path) -> None:
     assert "\n" not in notes[0]
     (tmp_path / "c" / "1" / "manifest" / "metadata").write_bytes(b"")
     damage(tmp_path / "c" / "0" / "state")
-    with pytest.raises(UserError, match="no checkpoint .* can be read"):
+    with pytest.raises(UserError, match=r"no checkpoint .* can be read"):
         Checkpoints(tmp_path / "c").latest(notify=notes.append)
 
 

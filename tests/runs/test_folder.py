@@ -1,4 +1,4 @@
-"""Run folders: one writer at a time, nothing overwritten, nothing touched that is not understood."""
+"""Run folders: one writer, nothing overwritten, nothing touched that is not understood."""
 
 import os
 import subprocess
@@ -30,7 +30,7 @@ def test_a_finished_round_is_never_overwritten(tmp_path: Path) -> None:
     with RunFolder.create(tmp_path / "run", "x = 1\n") as folder:
         (folder.checkpoints / "0").mkdir(parents=True)
     before = listing(tmp_path)
-    with pytest.raises(UserError, match="fedjax-llm resume .*run`, or choose another .* --out"):
+    with pytest.raises(UserError, match=r"fedjax-llm resume .*run`, or choose another .* --out"):
         RunFolder.create(tmp_path / "run", "x = 2\n")
     assert listing(tmp_path) == before
 
@@ -43,7 +43,7 @@ def test_a_run_that_ended_before_its_first_round_may_be_replaced(tmp_path: Path)
 
 def test_a_folder_of_other_things_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
-    with pytest.raises(UserError, match="thesis.tex"):
+    with pytest.raises(UserError, match=r"thesis.tex"):
         RunFolder.create(tmp_path, "")
     assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.tex"]
     with pytest.raises(UserError, match="is a file"):

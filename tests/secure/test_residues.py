@@ -81,6 +81,12 @@ def test_chosen_parameters_are_correct_and_inside_the_standard_s_table(bits, sum
 def test_sums_that_fit_no_slot_are_refused():
     with pytest.raises(UserError, match="50 bits"):
         choose(2**30, 2**20, 3)
+    for summands, parties in ((2**20 + 1, 3), (8, 65)):
+        with pytest.raises(UserError, match="takes up to"):
+            choose(1, summands, parties)
+    for numbers in ((0, 1, 2), (1, 0, 2), (1, 1, 1)):
+        with pytest.raises(UserError, match="of at least 1"):
+            choose(*numbers)
 
 
 def test_primes():

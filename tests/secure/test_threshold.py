@@ -1,6 +1,7 @@
 """What only encryption promises: who can decrypt, what leaves a client, and what a loss costs."""
 
 import itertools
+import math
 import threading
 
 import numpy as np
@@ -204,6 +205,28 @@ def test_what_leaves_a_client_is_ciphertext(threshold_sum):
             assert (
                 abs(np.corrcoef(slots, vector)[0, 1]) < 0.8
             )  # beyond the 1 - 1e-9 quantile for 50 points
+
+
+def test_flooding_is_as_wide_as_the_argument_assumes(threshold_sum):
+    """Of c_1 = 0 only the error is left; its coefficient 0 is the mean of its evaluations."""
+    bfv = threshold_sum.bfv
+    size, product = bfv.parameters.ring_dimension, math.prod(bfv.moduli)
+    zero = np.zeros((1, len(bfv.moduli), size), np.uint64)
+    errors = []
+    for _ in range(24):
+        answer = bfv.decrypt_partially(threshold_sum._parties["medical"]._share, zero)
+        error = 0
+        for row, modulus in zip(answer[0], bfv.moduli, strict=True):
+            mean = int(row.astype(object).sum()) * pow(size, -1, modulus) % modulus
+            rest = product // modulus
+            error += mean * rest * pow(rest, -1, modulus)
+        error %= product
+        errors.append(error - product if error > product // 2 else error)
+    half = product // bfv.moduli[0] // 2
+    assert half > 2**119
+    assert max(map(abs, errors)) <= half + 1
+    # 24 uniform draws: each of these fails with a probability below 1e-6.
+    assert max(errors) > 0 > min(errors) and max(map(abs, errors)) > half // 2
 
 
 def test_adding_residues_is_openfhe_s_eval_add(threshold_sum):

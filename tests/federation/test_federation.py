@@ -1,0 +1,243 @@
+"""The round as a whole: bytes that do not depend on devices, sum or interruption; refusals."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from fedjax_llm.aggregation import RULES, AggregationRule, ffa_lora
+from fedjax_llm.errors import Refused, UserError
+from fedjax_llm.federation import Federation, FederationState, Participant, Plain, Threshold
+from fedjax_llm.privacy import PrivacyPlan
+from fedjax_llm.training import ExamplePrivacy, LocalTraining
+
+Build = Callable[..., Federation]
+Clouds = Callable[..., list[Participant]]
+
+
+def run(federation: Federation, rounds: int = 2) -> FederationState:
+    *_, (state, _) = federation.rounds(federation.init(), rounds)
+    return state
+
+
+def same_bytes(one: Any, other: Any) -> bool:
+    leaves = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    return all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in leaves)
+
+
+@pytest.mark.parametrize("unit", ["none", "example", "client"])
+def test_one_device_and_two_give_the_same_bytes(federate: Build, unit: str) -> None:
+    devices = jax.devices()
+    assert len(devices) >= 2
+    one = run(federate(unit, devices=devices[:1]))
+    two = run(federate(unit, devices=devices[:2]))
+    assert same_bytes(one, two)
+
+
+def test_the_size_of_a_group_changes_rounding_only(federate: Build) -> None:
+    """Batching clients is an arrangement of the same arithmetic."""
+    alone = run(federate("example", clients_at_once=1))
+    together = run(federate("example", clients_at_once=3, devices=jax.devices()[:1]))
+    for a, b in zip(jax.tree.leaves(alone.server), jax.tree.leaves(together.server), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+@pytest.mark.parametrize("unit", ["none", "example", "client"])
+def test_plain_and_threshold_give_the_same_bytes(federate: Build, unit: str) -> None:
+    plain = run(federate(unit, sum_mode=Plain()))
+    encrypted = run(federate(unit, sum_mode=Threshold(2)))
+    assert same_bytes(plain, encrypted)
+
+
+@pytest.mark.parametrize("name", sorted(RULES))
+def test_training_lowers_held_out_loss_in_every_cloud(federate: Build, name: str) -> None:
+    federation = federate(rule=RULES[name](optax.sgd(1.0)), update_bound=10.0)
+    before = federation.evaluate(federation.init())
+    after = federation.evaluate(run(federation, 4))
+    assert all(after[cloud] < before[cloud] - 0.01 for cloud in before)
+
+
+def test_a_state_can_be_taken_up_by_another_process(federate: Build) -> None:
+    """What a checkpoint stores is all there is: two rounds equal one and one."""
+    whole = run(federate("example"), 2)
+    first = run(federate("example"), 1)
+    stored = jax.tree.map(np.asarray, first)
+    second, _ = federate("example").run_round(stored)
+    assert same_bytes(whole, second)
+
+
+def test_other_seeds_give_other_adapters(federate: Build) -> None:
+    assert not same_bytes(run(federate(seed=3), 1).server, run(federate(seed=4), 1).server)
+
+
+def test_a_cloud_that_is_offline_costs_only_its_own_contribution(
+    federate: Build, make_participants: Clouds
+) -> None:
+    """The other two go on, and end where they would have ended without it."""
+    lost = federate(participants=make_participants(south=frozenset({1})), sum_mode=Threshold(2))
+    state, report = lost.run_round(lost.init())
+    assert not report.clouds["south"].online
+    assert report.clouds["south"].uplink_bytes == report.clouds["south"].rows == 0
+    assert report.clouds["north"].uplink_bytes > 0
+    full = federate()
+    outputs, _ = full.run_round(full.init())
+    assert not same_bytes(state.server, outputs.server)
+    again, second = lost.run_round(state)
+    assert second.clouds["south"].online and int(again.round) == 2
+
+
+def test_too_few_clouds_online_is_refused_and_changes_nothing(
+    federate: Build, make_participants: Clouds
+) -> None:
+    clouds = make_participants(south=frozenset({1}), west=frozenset({1}))
+    federation = federate(participants=clouds, sum_mode=Threshold(2))
+    state = federation.init()
+    with pytest.raises(Refused, match="needs 2 of 3"):
+        federation.run_round(state)
+    assert same_bytes(state, federation.init())
+
+
+def test_what_leaves_a_client_is_ciphertext(
+    federate: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bytes that cross the boundary hold no run of the plaintext integers, and never repeat."""
+    federation = federate(sum_mode=Threshold(2))
+    secure = federation._secure_sum
+    assert secure is not None
+    crossed: list[tuple[np.ndarray, bytes]] = []
+    honest = secure.encode_message
+
+    def spy(client: str, round_number: int, ints_P: np.ndarray) -> bytes:
+        data = honest(client, round_number, ints_P)
+        crossed.append((np.asarray(ints_P), data))
+        return data
+
+    monkeypatch.setattr(secure, "encode_message", spy)
+    federation.run_round(federation.init())
+    assert len(crossed) == 3
+    for ints_P, data in crossed:
+        telling = ints_P[np.abs(ints_P) > 256]
+        assert telling.size > 50
+        for dtype in ("<i4", "<i8", ">i4", "<f4"):
+            pairs = telling[:64].astype(dtype)
+            hits = sum(data.count(pairs[k : k + 2].tobytes()) for k in range(0, 64, 2))
+            assert hits == 0
+        again = honest("north", 1, ints_P)
+        ours, theirs = (np.frombuffer(d[-4096:-64], np.uint8) for d in (data, again))
+        # Equal bytes at a rate of 1 in 256, as for independent uniform ones.
+        assert np.mean(ours == theirs) < 0.02
+        histogram = np.bincount(np.frombuffer(data[4096:], np.uint8), minlength=256)
+        assert histogram.min() > 0.8 * histogram.mean()
+
+
+def test_poisson_sampled_clients_send_encrypted_zeros(federate: Build) -> None:
+    """Who was sampled is not visible in who sends: every online cloud sends as many bytes."""
+    federation = federate("client", rate=0.5, sum_mode=Threshold(2), seed=5)
+    rows_seen = set()
+    for _, report in federation.rounds(federation.init(), 3):
+        sizes = {cloud.uplink_bytes > 0 for cloud in report.clouds.values()}
+        assert sizes == {True}
+        rows_seen |= {cloud.rows > 0 for cloud in report.clouds.values()}
+    assert rows_seen == {True, False}
+
+
+def test_client_noise_is_on_the_sum_at_the_stated_scale(federate: Build) -> None:
+    """With a learning rate of zero the change of the adapter is the noise alone."""
+    still = LocalTraining(optax.sgd(0.0), 2, 6, 4)
+    federation = federate("client", training=still, lora=federate().lora)
+    state, _ = federation.run_round(federation.init())
+    before = jax.tree.leaves(federation.init().server.adapter)
+    after = jax.tree.leaves(state.server.adapter)
+    changes = [np.ravel(a - b) for a, b in zip(after, before, strict=True)]
+    noise = np.concatenate([c for c in changes if np.any(c)])
+    expected = 0.7 * 0.1 / 3  # noise multiplier x clip norm on the sum, divided by three clouds
+    # The standard error of a standard deviation is sigma / sqrt(2 n); five of them.
+    assert abs(noise.std() / expected - 1) < 5 / np.sqrt(2 * noise.size)
+
+
+def test_a_plan_that_counts_other_examples_is_refused(federate: Build) -> None:
+    plan = PrivacyPlan.for_examples(
+        [200, 320, 260],
+        expected_batch=6,
+        steps_per_round=2,
+        rounds=4,
+        clip_norm=0.5,
+        noise_multiplier=0.8,
+        delta=1e-3,
+    )
+    with pytest.raises(Refused, match="the plan counts"):
+        federate("example", plan=plan)
+
+
+@pytest.mark.parametrize(
+    ("training", "match"),
+    [
+        (LocalTraining(optax.sgd(0.1), 3, 6, 4, ExamplePrivacy(0.5, 0.8)), "samples by"),
+        (LocalTraining(optax.sgd(0.1), 2, 8, 4, ExamplePrivacy(0.5, 0.8)), "samples by"),
+        (LocalTraining(optax.sgd(0.1), 2, 6, 4, ExamplePrivacy(0.6, 0.8)), "clips and noises"),
+        (LocalTraining(optax.sgd(0.1), 2, 6, 4, ExamplePrivacy(0.5, 0.7)), "clips and noises"),
+        (LocalTraining(optax.sgd(0.1), 2, 6, 4), "does not clip"),
+    ],
+)
+def test_training_that_differs_from_the_plan_is_refused(
+    federate: Build, training: LocalTraining, match: str
+) -> None:
+    with pytest.raises(Refused, match=match):
+        federate("example", training=training)
+
+
+def test_weights_by_data_are_refused_for_unit_client(federate: Build) -> None:
+    with pytest.raises(Refused, match="weights other than uniform"):
+        federate("client", weights=[1.0, 2.0, 3.0])
+
+
+def test_a_rule_that_reads_single_messages_is_refused_under_encryption(federate: Build) -> None:
+    ffa = ffa_lora(optax.sgd(1.0))
+    fields = {name: getattr(ffa, name) for name in ffa.__dataclass_fields__}
+    nosy = AggregationRule(**(fields | {"needs_individual_messages": True}))
+    with pytest.raises(Refused, match="has to read each cloud's message"):
+        federate(rule=nosy, sum_mode=Threshold(2))
+
+
+def test_diverged_training_is_an_error_that_names_the_cloud(federate: Build) -> None:
+    wild = LocalTraining(optax.sgd(1e30), 2, 6, 4)
+    federation = federate(training=wild)
+    with pytest.raises(UserError, match=r"update of cloud '\w+' is not finite"):
+        federation.run_round(federation.init())
+
+
+def test_weights_scale_contributions(federate: Build) -> None:
+    """Weights (1, 0.5, 0.5) are those of a mean: the same as (2, 1, 1)."""
+    one = run(federate(weights=[1.0, 0.5, 0.5]), 1)
+    two = run(federate(weights=[2.0, 1.0, 1.0]), 1)
+    uniform = run(federate(), 1)
+    assert same_bytes(one.server, two.server)
+    assert not same_bytes(one.server, uniform.server)
+
+
+def test_no_transfer_to_the_host_inside_the_program_of_a_round(federate: Build) -> None:
+    federation = federate("example")
+    state = federation.init()
+    clients = federation._client_inputs(state, np.ones(3, bool))
+    server = federation.layout.replicate(state.server)
+    seed, number, divisor = jax.device_put((federation._seed, np.int32(1), np.float32(3)))
+    program = federation._programs.round
+    arguments = (federation._base, server, clients, divisor, seed, number)
+    jax.block_until_ready(program(*arguments))
+    with jax.transfer_guard("disallow"):
+        jax.block_until_ready(program(*arguments))
+
+
+def test_the_base_model_is_an_argument_and_not_a_constant(federate: Build) -> None:
+    federation = federate()
+    state = federation.init()
+    clients = federation._client_inputs(state, np.ones(3, bool))
+    text = federation._programs.train.lower(
+        federation._base, state.server.adapter, clients, federation._seed, np.int32(1)
+    ).as_text()
+    largest = max(len(line) for line in text.splitlines() if "constant" in line)
+    # A baked-in weight matrix of 32 x 48 would be printed with over ten thousand characters.
+    assert largest < 4000
