@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from fedjax_llm.lora import Adapter
-from fedjax_llm.training import optimizer_step
+from fedjax_llm.training import optimizer_init, optimizer_step
 
 PyTree = Any
 
@@ -58,7 +58,7 @@ class AggregationRule:
 
     def init(self, adapter: Adapter) -> ServerState:
         """Returns the server's state before the first round."""
-        return ServerState(adapter, self.optimizer.init(self.trainable(adapter)))
+        return ServerState(adapter, optimizer_init(self.optimizer, self.trainable(adapter)))
 
     def message(self, before: PyTree, after: PyTree) -> PyTree:
         """Returns what a client sends: the change of the trainable tree, same shapes."""

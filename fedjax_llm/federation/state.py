@@ -9,7 +9,7 @@ from fedjax_llm.aggregation import AggregationRule, ServerState
 from fedjax_llm.federation.keys import Purpose, key_for
 from fedjax_llm.lora import LoraConfig, init_adapter
 from fedjax_llm.models import DecoderConfig
-from fedjax_llm.training import LocalTraining
+from fedjax_llm.training import LocalTraining, optimizer_init
 
 PyTree = Any
 
@@ -38,7 +38,7 @@ def init_state(
 ) -> FederationState:
     """Returns the state before the first round, a function of its arguments alone."""
     adapter = init_adapter(config, lora, key_for(seed, Purpose.ADAPTER_INIT))
-    optimizer = training.optimizer.init(rule.trainable(adapter))
+    optimizer = optimizer_init(training.optimizer, rule.trainable(adapter))
     return FederationState(
         jnp.int32(0),
         rule.init(adapter),

@@ -6,6 +6,7 @@ from fedjax_llm.training.local import ExamplePrivacy as ExamplePrivacy
 from fedjax_llm.training.local import LocalTraining as LocalTraining
 from fedjax_llm.training.local import client_update as client_update
 from fedjax_llm.training.optimizers import OPTIMIZERS as OPTIMIZERS
+from fedjax_llm.training.optimizers import optimizer_init as optimizer_init
 from fedjax_llm.training.optimizers import optimizer_step as optimizer_step
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
     "ExamplePrivacy",
     "LocalTraining",
     "client_update",
+    "optimizer_init",
     "optimizer_step",
 ]

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import optax
+from jax.flatten_util import ravel_pytree
 
 PyTree = Any
 
@@ -17,18 +18,31 @@ OPTIMIZERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
 }
 
 
+def optimizer_init(optimizer: optax.GradientTransformation, params: PyTree) -> PyTree:
+    """Returns the optimiser's state for `params`, flattened to one vector."""
+    return optimizer.init(ravel_pytree(params)[0])
+
+
 def optimizer_step(
     optimizer: optax.GradientTransformation, gradient: PyTree, state: PyTree, params: PyTree
 ) -> tuple[PyTree, PyTree]:
     """Returns the parameters and the optimiser's state after one step; pure.
 
+    The step works on one flat vector, behind barriers: fused with its neighbours, or shared
+    between leaves, XLA contracts Adam's arithmetic one way on one device and another way on two,
+    and a run would not end in the same bytes.
+
     Args:
         optimizer: any optax transformation.
         gradient: like `params`.
-        state: from `optimizer.init(params)` or the last step.
+        state: from `optimizer_init` or the last step.
         params: float32 leaves.
     """
+    flat_params, unravel = ravel_pytree(params)
+    operands = (ravel_pytree(gradient)[0], state, flat_params)
+    flat_gradient, state, flat_params = jax.lax.optimization_barrier(operands)
     # Optax counts steps in integers and raises floats to them, which strict promotion forbids.
     with jax.numpy_dtype_promotion("standard"):
-        updates, state = optimizer.update(gradient, state, params)
-    return optax.apply_updates(params, updates), state
+        updates, state = optimizer.update(flat_gradient, state, flat_params)
+    after = jax.lax.optimization_barrier((optax.apply_updates(flat_params, updates), state))
+    return unravel(after[0]), after[1]
