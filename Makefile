@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INPUTS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev quickstart test drill lint types format notebook bench clean
+.PHONY: help setup setup-dev quickstart test drill lint types format lock bench clean
 
 help:
 	@echo "make quickstart   three clouds fine-tune SmolLM2-135M together; report in runs/quickstart/"
@@ -34,7 +34,12 @@ setup: $(VENV)/.installed
 setup-dev: $(VENV)/.installed-dev
 
 quickstart: setup
-	@$(BIN)/fedjax-llm run experiments/quickstart/quickstart.toml --out runs/quickstart --replace
+	@if [ -f runs/quickstart/format ]; then \
+	  echo "runs/quickstart holds this run already; going on with it (remove the folder to start anew)"; \
+	  $(BIN)/fedjax-llm resume runs/quickstart; \
+	else \
+	  $(BIN)/fedjax-llm run experiments/quickstart/quickstart.toml --out runs/quickstart; \
+	fi
 
 lint: setup-dev
 	$(BIN)/ruff check .
@@ -49,6 +54,9 @@ test: lint types
 
 drill: setup-dev
 	$(BIN)/python -m pytest -m drill
+
+lock: setup-dev
+	@{ head -2 constraints.txt; $(PIP) freeze --exclude-editable; } > constraints.new && mv constraints.new constraints.txt
 
 format: setup-dev
 	$(BIN)/ruff check --fix .

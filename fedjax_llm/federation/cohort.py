@@ -129,7 +129,7 @@ class ClientOutputs(NamedTuple):
 
     Attributes:
         message: fixed-point integers, zero for clients that take no part.
-        optimizer: the optimiser state, unchanged for clients that take no part.
+        optimizer: the optimiser state, unchanged for clients that take no part or diverged.
         metrics: measurements of the simulator.
     """
 
@@ -179,13 +179,15 @@ def train_cohort(
         )
         message = codec.encode(rule.message(before, after), client.weight)
 
-        def if_participating(new: PyTree, old: PyTree) -> PyTree:
-            return jax.tree.map(lambda n, o: jnp.where(client.participates, n, o), new, old)
+        def only_if(condition: jax.Array, new: PyTree, old: PyTree) -> PyTree:
+            return jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)
 
+        # Moments that are not finite would make every later message of the client zeros as well.
+        sound = client.participates & jnp.isfinite(message.norm)
         return ClientOutputs(
-            if_participating(message, jax.tree.map(jnp.zeros_like, message)),
-            if_participating(optimizer, client.optimizer),
-            if_participating(metrics, jax.tree.map(jnp.zeros_like, metrics)),
+            only_if(client.participates, message, jax.tree.map(jnp.zeros_like, message)),
+            only_if(sound, optimizer, client.optimizer),
+            only_if(client.participates, metrics, jax.tree.map(jnp.zeros_like, metrics)),
         )
 
     over_clients = layout.map_clients(one_client)

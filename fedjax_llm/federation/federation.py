@@ -18,7 +18,7 @@ from fedjax_llm.clouds import check_unique, round_seconds
 from fedjax_llm.errors import Refused, UserError
 from fedjax_llm.federation.cohort import ClientInputs, ClientOutputs, CohortLayout
 from fedjax_llm.federation.evaluation import HeldOut
-from fedjax_llm.federation.keys import Purpose, key_for
+from fedjax_llm.federation.keys import Purpose, key_for, seed_key
 from fedjax_llm.federation.message import MessageCodec, fitting_bits
 from fedjax_llm.federation.programs import RoundPrograms
 from fedjax_llm.federation.reports import CloudReport, RoundReport
@@ -95,7 +95,7 @@ class Federation:
         self.sum_mode = sum_mode
         self._training = training
         self._rule = rule
-        self._seed = jax.random.key(seed)
+        self._seed = seed_key(seed)
         self._names = tuple(participant.cloud.name for participant in participants)
         self._weights_K = scaled_weights(weights, len(participants))
         self.layout = CohortLayout.over(len(participants), clients_at_once, devices)
@@ -181,10 +181,17 @@ class Federation:
             on_stage: called with the name of each stage as it begins.
 
         Raises:
-            UserError: training diverged in a cloud, or no cloud is online.
-            Refused: fewer clouds are online than can decrypt; the state is unchanged.
+            UserError: no cloud is online, or training diverged in a cloud. With privacy unit
+                `client` such a cloud sends zeros and is counted in the report instead.
+            Refused: fewer clouds are online than can decrypt, or the privacy plan accounts for no
+                more rounds. The state is unchanged.
         """
         round_number = int(state.round) + 1
+        if self.plan.unit != "none" and round_number > self.plan.rounds:
+            raise Refused(
+                f"round {round_number}: the privacy plan accounts for {self.plan.rounds} rounds; "
+                "plan more, at a larger epsilon"
+            )
         online_K = np.array(
             [round_number not in p.offline_rounds for p in self.participants], dtype=bool
         )
@@ -296,6 +303,10 @@ class Federation:
         return ClientInputs(index, self._tables, optimizer, weight, participates)
 
     def _check_finite(self, outputs: ClientOutputs, round_number: int) -> None:
+        if self.plan.unit == "client":
+            # Stopping here, by name, would release what the unit hides: the codec sends zeros. With
+            # unit `example` an update follows from noised sums alone, and so does this error.
+            return
         norms = np.asarray(outputs.message.norm)[: len(self._names)]
         for name, norm in zip(self._names, norms, strict=True):
             if not np.isfinite(norm):
@@ -372,10 +383,10 @@ class Federation:
             clouds[name] = CloudReport(
                 bool(online_K[k]), loss_train, rows[name], sent[name], received[name], link
             )
+        norms = np.asarray(outputs.message.norm)[: len(self._names)]
         if self._training.privacy is not None:
             clipped = float(metrics.clipped[: len(self._names)].sum()) / all_rows
         else:
-            norms = np.asarray(outputs.message.norm)[: len(self._names)]
             clipped = float(np.mean((norms * self._weights_K > self._codec.max_norm)[online_K]))
         length = self.participants[0].train.tokens_BxT.shape[1]
         return RoundReport(
@@ -384,6 +395,7 @@ class Federation:
             tokens=sum(rows.values()) * length,
             update_norm=float(update_norm),
             clipped_fraction=clipped,
+            clouds_diverged=int(np.sum(~np.isfinite(norms))),
             seconds=dict(seconds),
             seconds_virtual=times.seconds,
         )

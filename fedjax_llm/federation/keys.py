@@ -10,6 +10,7 @@ the operating system's generator and never from here.
 import enum
 
 import jax
+import numpy as np
 
 
 class Purpose(enum.IntEnum):
@@ -22,6 +23,19 @@ class Purpose(enum.IntEnum):
     SERVER_NOISE = 5
 
 
+def seed_key(seed: int) -> jax.Array:
+    """Returns the run's key; for seeds below 2^32 it is `jax.random.key(seed)`.
+
+    That function drops the upper half of a seed where 64-bit types are off, so that runs of
+    different seeds would draw the same noise.
+
+    Args:
+        seed: in [0, 2^64).
+    """
+    halves = np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32)
+    return jax.random.wrap_key_data(halves, impl="threefry2x32")
+
+
 def key_for(
     seed: jax.Array,
     purpose: Purpose,
@@ -31,7 +45,7 @@ def key_for(
     """Returns the key of one purpose, round and client.
 
     Args:
-        seed: the run's key, `jax.random.key(seed)`.
+        seed: the run's key, from `seed_key`.
         purpose: what the draw is for.
         round_index: the round, from 1; 0 for draws that belong to no round.
         client: the client's index in the run file; 0 for the server's draws.

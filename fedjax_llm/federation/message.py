@@ -31,7 +31,9 @@ class EncodedMessage(NamedTuple):
 
     Attributes:
         ints_P: int32, fixed-point coordinates, each within the codec's bound.
-        norm: float32, l2 norm of the change before clipping; not finite if training diverged.
+        norm: float32, l2 norm of the change before clipping; infinite if training diverged, that
+            is if the change holds NaN or infinity. It depends on the client's data: with privacy
+            unit `client`, nothing that leaves the simulator may follow from it.
     """
 
     ints_P: jax.Array
@@ -70,10 +72,9 @@ class MessageCodec:
     def encode(self, tree: PyTree, weight: jax.Array) -> EncodedMessage:
         """Returns the message `weight * tree`; pure, may be vmapped over clients."""
         flat_P = ravel_pytree(tree)[0]
-        norm = jnp.sqrt(jnp.sum(jnp.square(flat_P)))
         room = self.fixed_point.clip_norm_before_rounding(self.max_norm, self.size)
-        clipped_P, _ = clip(flat_P * weight, room)
-        return EncodedMessage(self.fixed_point.encode(clipped_P), norm)
+        clipped_P, norm = clip(flat_P * weight, room)
+        return EncodedMessage(self.fixed_point.encode(clipped_P), norm / weight)
 
     def decode(self, total_P: jax.Array) -> jax.Array:
         """Returns the integer sum in float32 units of the parameters."""

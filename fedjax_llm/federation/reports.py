@@ -37,6 +37,8 @@ class RoundReport:
         update_norm: l2 norm of the change of the global adapter.
         clipped_fraction: rows whose gradient was clipped over rows (unit `example`), else clouds
             whose message was shortened over clouds.
+        clouds_diverged: clouds whose update was not finite and entered the sum as zeros; above 0
+            with privacy unit `client` alone, whose guarantee does not cover this number.
         seconds: measured wall-clock seconds by stage: train, encrypt, add, decrypt, apply.
         seconds_virtual: simulated seconds until the slowest cloud's message is there: its links
             and its share of the measured training time.
@@ -47,6 +49,7 @@ class RoundReport:
     tokens: int
     update_norm: float
     clipped_fraction: float
+    clouds_diverged: int
     seconds: Mapping[str, float]
     seconds_virtual: float
 

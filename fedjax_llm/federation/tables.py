@@ -1,12 +1,13 @@
 """The clouds and their rows, laid out for the batched program."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import jax
 import numpy as np
 
 from fedjax_llm.clouds import Cloud
+from fedjax_llm.data import Corpus
 from fedjax_llm.errors import UserError
 from fedjax_llm.models import Batch
 from fedjax_llm.privacy import SamplerSpec
@@ -28,6 +29,19 @@ class Participant:
     train: Batch
     evaluation: Batch
     offline_rounds: frozenset[int] = frozenset()
+
+    @classmethod
+    def from_corpus(
+        cls,
+        cloud: Cloud,
+        corpus: Corpus,
+        *,
+        evaluation_rows: int | None = None,
+        offline_rounds: Iterable[int] = (),
+    ) -> "Participant":
+        """Takes a corpus's rows, of the held-out ones the first `evaluation_rows`."""
+        evaluation = jax.tree.map(lambda leaf: leaf[:evaluation_rows], corpus.evaluation)
+        return cls(cloud, corpus.train, evaluation, frozenset(offline_rounds))
 
     @property
     def rows(self) -> int:

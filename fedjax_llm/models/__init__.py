@@ -9,6 +9,7 @@ from fedjax_llm.models.decoder import base_shapes as base_shapes
 from fedjax_llm.models.decoder import hidden as hidden
 from fedjax_llm.models.decoder import init_base as init_base
 from fedjax_llm.models.generate import generate as generate
+from fedjax_llm.models.hub import get as get_model
 from fedjax_llm.models.loss import loss as loss
 from fedjax_llm.models.loss import target_nll as target_nll
 from fedjax_llm.models.model import Model as Model
@@ -27,6 +28,7 @@ __all__ = [
     "apply",
     "base_shapes",
     "generate",
+    "get_model",
     "hidden",
     "init_base",
     "load_config",

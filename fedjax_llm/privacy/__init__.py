@@ -4,7 +4,6 @@ them to an accountant so that they cannot disagree."""
 from .clipping import ClippedGradSum as ClippedGradSum
 from .clipping import ClipStats as ClipStats
 from .clipping import clip as clip
-from .clipping import clip_norm_before_rounding as clip_norm_before_rounding
 from .clipping import clipped_grad_sum as clipped_grad_sum
 from .clipping import poisson_clipped_grad_sum as poisson_clipped_grad_sum
 from .noise import gaussian_noise_like as gaussian_noise_like
@@ -24,7 +23,6 @@ __all__ = [
     "PrivacyPlan",
     "SamplerSpec",
     "clip",
-    "clip_norm_before_rounding",
     "clipped_grad_sum",
     "float32_rate",
     "gaussian_noise_like",

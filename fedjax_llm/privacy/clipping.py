@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fedjax_llm.errors import Refused, UserError
+from fedjax_llm.errors import UserError
 
 PyTree = Any
 LossFn = Callable[[PyTree, PyTree], jax.Array]
@@ -282,30 +282,3 @@ class ClippedGradSum:
         return poisson_clipped_grad_sum(
             self.loss_fn, params, data, indices_N, count, self.clip_norm, microbatch
         )
-
-
-def clip_norm_before_rounding(clip_norm: float, parameters: int, max_error: float) -> float:
-    """The norm to clip to so that the tree is within `clip_norm` after it has been rounded.
-
-    Fixed-point encoding moves every coordinate by up to `max_error` after clipping, which can
-    lengthen the tree by max_error * sqrt(parameters).
-
-    Formal guarantee: ||x||_2 <= result and |y_i - x_i| <= max_error for each of the `parameters`
-    coordinates give ||y||_2 <= clip_norm (triangle inequality).
-
-    Args:
-        clip_norm: the norm that the noise is calibrated to.
-        parameters: number of coordinates.
-        max_error: largest error of one coordinate: half a step when rounding to nearest, a whole
-            step when rounding stochastically.
-
-    Raises:
-        Refused: rounding alone can use up the whole of `clip_norm`.
-    """
-    left = clip_norm - max_error * math.sqrt(parameters)
-    if not left > 0:
-        raise Refused(
-            f"rounding {parameters} parameters by up to {max_error:g} can move an update by "
-            f"{clip_norm - left:g}, clip_norm is {clip_norm:g}; use more bits or a smaller bound"
-        )
-    return left

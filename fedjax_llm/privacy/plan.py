@@ -403,7 +403,8 @@ class PrivacyPlan:
         mechanism = (
             f"Sampler: {self.sampler.describe()}. Contributions are clipped to an l2 norm of "
             f"{self.clip_norm:g} and Gaussian noise of standard deviation {self.noise_stddev:g} "
-            f"is added to their sum. {self.report()}."
+            "is added to their sum. Noise and samples follow from the run's seed, as a simulation's "
+            f"must: whoever knows the seed can take them off. {self.report()}."
         )
         if self.unit == "example":
             return (
@@ -411,8 +412,9 @@ class PrivacyPlan:
                 "added or removed; the number of examples of each cloud is public. Trust: each "
                 "cloud trusts itself alone, and its noised updates are private towards everyone, "
                 "the server included. Released: the updates of every round and all that is "
-                "computed from them. Not covered: training losses, counts and timings of a cloud, "
-                "which must stay in it, and people with several examples. " + mechanism
+                "computed from them. Not covered: losses (training and held-out), counts and "
+                "timings of a cloud, which must stay in it, and people or texts with several "
+                "examples. " + mechanism
             )
         secrecy = (
             "which clouds took part in a round must stay with the server, "
@@ -421,8 +423,9 @@ class PrivacyPlan:
         )
         return (
             "Differential privacy per client. Neighbours: one cloud with all its data added or "
-            "removed. Trust: the server sees the sum before noise and adds the noise; what it "
-            "passes on is private towards the other clouds and the public. Released: the global "
-            f"adapter of every round. Not covered: {secrecy}the messages themselves, and training "
-            "losses and timings of a cloud. " + mechanism
+            "removed; the number of clouds is public. Trust: the server sees the sum before noise "
+            "and adds the noise; what it passes on is private towards the other clouds and the "
+            f"public. Released: the global adapter of every round. Not covered: {secrecy}the "
+            "messages themselves, and losses (training and held-out), counts (clipped and diverged "
+            "updates too) and timings of a cloud. " + mechanism
         )

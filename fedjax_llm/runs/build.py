@@ -1,14 +1,13 @@
 """From a run file to the objects of the federation. The only place that knows both."""
 
-from dataclasses import replace
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 
 from fedjax_llm.aggregation import RULES, AggregationRule
 from fedjax_llm.clouds import Cloud, Link
 from fedjax_llm.data import Corpus, CorpusSpec, Mapping, load_corpus
+from fedjax_llm.errors import UserError
 from fedjax_llm.federation import Federation, Participant, Plain, Threshold
 from fedjax_llm.lora import LoraConfig
 from fedjax_llm.models import Model, load_model
@@ -33,7 +32,7 @@ def model(run_file: RunFile, on_event: OnEvent) -> Model:
 
 
 def corpora(run_file: RunFile, base: Model, on_event: OnEvent) -> list[Corpus]:
-    """Reads every cloud's data and cuts the held-out rows to the number the run evaluates."""
+    """Reads every cloud's data and tells what became of its rows."""
     training = run_file.training
     found = []
     for cloud in run_file.clouds:
@@ -53,9 +52,7 @@ def corpora(run_file: RunFile, base: Model, on_event: OnEvent) -> list[Corpus]:
         on_event(Stage("data", f"{cloud.name}: {lines[0]}"))
         for line in lines[2:]:
             on_event(Note(f"{cloud.name}: {line}"))
-        kept = run_file.evaluation.examples_per_cloud
-        evaluation = jax.tree.map(lambda leaf, kept=kept: leaf[:kept], corpus.evaluation)
-        found.append(replace(corpus, evaluation=evaluation))
+        found.append(corpus)
     return found
 
 
@@ -82,6 +79,12 @@ def plan(run_file: RunFile, examples: list[int]) -> PrivacyPlan:
             delta=privacy.delta,
             rate=privacy.client_rate,
             weights=run_file.aggregation.weights,
+        )
+    if privacy.sampling == "full" and set(examples) != {training.batch_size}:
+        raise UserError(
+            f'[privacy] sampling = "full" takes every example in every step, but [training] '
+            f"batch_size is {training.batch_size} and the clouds hold {examples} examples; make "
+            'them equal, or use sampling = "poisson"'
         )
     return PrivacyPlan.for_examples(
         examples,
@@ -132,11 +135,11 @@ def federation(run_file: RunFile, base: Model, data: list[Corpus]) -> Federation
     return Federation(
         base,
         [
-            Participant(
+            Participant.from_corpus(
                 Cloud(cloud.name, Link(**cloud.link.model_dump())),
-                corpus.train,
-                corpus.evaluation,
-                frozenset(cloud.offline_rounds),
+                corpus,
+                evaluation_rows=run_file.evaluation.examples_per_cloud,
+                offline_rounds=cloud.offline_rounds,
             )
             for cloud, corpus in zip(run_file.clouds, data, strict=True)
         ],

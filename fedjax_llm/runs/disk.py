@@ -2,6 +2,7 @@
 
 import errno
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,12 +41,9 @@ def reserve(folder: Path, size: int, slack: int = 1 << 20) -> None:
     Raises:
       OSError: the disk, the quota or the limit on a file's size does not allow it.
     """
-    temporary = folder / f".space.{os.getpid()}.tmp"
-    try:
-        with temporary.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, size + slack)
-    finally:
-        temporary.unlink(missing_ok=True)
+    # Without a name, so that a process killed here leaves no file of that size behind.
+    with tempfile.TemporaryFile(dir=folder) as file:
+        os.posix_fallocate(file.fileno(), 0, size + slack)
 
 
 def sync_folder(folder: Path) -> None:

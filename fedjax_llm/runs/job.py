@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
+from fedjax_llm.errors import UserError
 from fedjax_llm.federation import Federation, FederationState, RoundReport
 from fedjax_llm.models import Model, generate
 from fedjax_llm.privacy import PrivacyPlan
-from fedjax_llm.runs import build, machine, metrics, report, runfile, summary
+from fedjax_llm.runs import build, fingerprint, machine, metrics, report, runfile, summary
 from fedjax_llm.runs.checkpoints import Checkpoints
 from fedjax_llm.runs.events import (
     Note,
@@ -42,12 +43,13 @@ def run(run_file: RunFile, folder: RunFolder, *, on_event: OnEvent = ignore) -> 
         The summary, which is also in summary.json and the report.
 
     Raises:
-        UserError: a mistake in data, model or settings, or a full disk; every round before is
-            kept.
+        UserError: a mistake in data, model or settings, a full disk, or a folder whose rounds ran
+            on another model, other data or other settings; every round before is kept.
         Refused: something that would break the run's privacy or security.
     """
     base = build.model(run_file, on_event)
     corpora = build.corpora(run_file, base, on_event)
+    identity = fingerprint.of(run_file, base, corpora)
     on_event(Stage("keys" if run_file.secure.sum == "threshold" else "sum"))
     federation = build.federation(run_file, base, corpora)
     plan = federation.plan
@@ -62,6 +64,13 @@ def run(run_file: RunFile, folder: RunFolder, *, on_event: OnEvent = ignore) -> 
             state = initial
             metrics.truncate(folder.metrics, -1)
         else:
+            fingerprint.check(found.metadata.get("fingerprint", {}), identity, folder.path)
+            if found.round > run_file.rounds:
+                raise UserError(
+                    f"{folder.path} has run {found.round} rounds and rounds = {run_file.rounds}; "
+                    "its results and epsilon are those of all its rounds: set rounds to at least "
+                    f"{found.round}"
+                )
             state = found.tree
             records = metrics.truncate(folder.metrics, found.round)
             if not records or records[-1]["round"] < found.round:
@@ -71,11 +80,11 @@ def run(run_file: RunFile, folder: RunFolder, *, on_event: OnEvent = ignore) -> 
             if found is None:
                 on_event(RoundStarted(0, run_file.rounds))
                 record = _before_training(federation, initial, on_event)
-                _finish_round(folder, checkpoints, board, initial, record, on_event)
+                _finish_round(folder, checkpoints, board, initial, record, identity, on_event)
             for number in range(int(state.round) + 1, run_file.rounds + 1):
                 on_event(RoundStarted(number, run_file.rounds))
                 state, record = _one_round(federation, plan, run_file, state, on_event)
-                _finish_round(folder, checkpoints, board, state, record, on_event)
+                _finish_round(folder, checkpoints, board, state, record, identity, on_event)
     finally:
         checkpoints.close()
 
@@ -180,6 +189,7 @@ def _record(done: RoundReport, losses: dict[str, float], plan: PrivacyPlan) -> R
         tokens_per_second=done.tokens / done.seconds["train"],
         update_norm=done.update_norm,
         clipped_fraction=done.clipped_fraction,
+        clouds_diverged=done.clouds_diverged,
         clouds=clouds,
     )
     if spent.reason is not None:
@@ -195,15 +205,24 @@ def _finish_round(
     board: TensorBoard,
     state: FederationState,
     record: RoundRecord,
+    identity: fingerprint.Fingerprint,
     on_event: OnEvent,
 ) -> None:
     started = time.perf_counter()
-    checkpoints.save(record["round"], state, {"record": metrics.strict(record)})
+    metadata = {"record": metrics.strict(record), "fingerprint": identity}
+    checkpoints.save(record["round"], state, metadata)
     record["seconds_checkpoint"] = time.perf_counter() - started
     record["seconds_round"] += record["seconds_checkpoint"]
     metrics.append(folder.metrics, record)
     board.add(record)
     on_event(RoundFinished(record))
+    if record.get("clouds_diverged"):
+        on_event(
+            Note(
+                f"round {record['round']}: {record['clouds_diverged']} updates were not finite and "
+                "entered the sum as zeros; lower [training] learning_rate"
+            )
+        )
 
 
 def _sample(

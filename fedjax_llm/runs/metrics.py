@@ -56,6 +56,7 @@ class RoundRecord(TypedDict, total=False):
     tokens_per_second: float
     update_norm: float | None
     clipped_fraction: float | None
+    clouds_diverged: int
     clouds: dict[str, CloudRecord]
 
 

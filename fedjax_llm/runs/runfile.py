@@ -211,6 +211,19 @@ class RunFile(Section):
                 raise _problem(("clouds", index, "name"), "must be unique among the clouds")
         if self.secure.sum == "threshold":
             self._check_threshold(len(names))
+        if self.privacy.unit != "none" and self.privacy.sampling == "fixed":
+            raise _problem(
+                ("privacy", "sampling"),
+                "fixed-size batches certify no epsilon; use poisson or full, or unit none",
+                refused=True,
+            )
+        full = self.privacy.unit == "client" and self.privacy.sampling == "full"
+        if full and self.privacy.client_rate != 1:
+            raise _problem(
+                ("privacy", "client_rate"),
+                f'must be 1 with sampling = "full", got {self.privacy.client_rate:g}; '
+                'use sampling = "poisson"',
+            )
         return self
 
     def _check_threshold(self, clouds: int) -> None:

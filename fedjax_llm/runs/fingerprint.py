@@ -1,0 +1,87 @@
+"""What the rounds of a run depend on, as hashes: a resumed run can tell that it is the same run.
+
+A draw of noise has an address, not a history: a round that is repeated on other data adds the same
+noise to another sum, and whoever saw both would see the difference without any. And an epsilon
+counts all rounds at the settings of the last. So a run whose model, data or settings have changed
+is not continued.
+
+Left out is what a user may change between two processes: `rounds`, `[evaluation]`, `[checkpoint]`,
+links, the rounds in which a cloud is offline, and what fits the work into memory (`microbatch`,
+`remat`, `clients_at_once`; these move results by rounding). Paths are left out too: it is the
+content that counts, and a folder may have been moved.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from fedjax_llm.data import Corpus
+from fedjax_llm.errors import UserError
+from fedjax_llm.models import Model
+from fedjax_llm.runs.runfile import RunFile
+
+PyTree = Any
+# From the words for a part of a run to the sha256 of what it was, hexadecimal.
+Fingerprint = dict[str, str]
+
+_SECTIONS = ("adapter", "training", "aggregation", "privacy", "secure")
+_MEMORY = {"microbatch", "remat", "clients_at_once"}
+
+
+def of(run_file: RunFile, base: Model, corpora: Sequence[Corpus]) -> Fingerprint:
+    """The fingerprint of a run, by the words that an error names each part with.
+
+    Args:
+      run_file: the settings.
+      base: the model as loaded; every weight is hashed.
+      corpora: one for each cloud, in the order of the run file; every row is hashed.
+    """
+    found = {"seed": _text(run_file.seed), "clouds": _text([c.name for c in run_file.clouds])}
+    for name in _SECTIONS:
+        settings = getattr(run_file, name).model_dump(mode="json")
+        kept = {key: value for key, value in settings.items() if key not in _MEMORY}
+        found[f"section [{name}]"] = _text(kept)
+    found["model"] = _text([repr(base.config), _arrays(base.base)])
+    found["tokenizer"] = base.tokenizer.sha256
+    for corpus in corpora:
+        found[f"data of cloud {corpus.name!r}"] = _arrays((corpus.train, corpus.evaluation))
+    return found
+
+
+def check(saved: Mapping[str, str], now: Mapping[str, str], folder: Path) -> None:
+    """Checks that a run is continued with what it began with.
+
+    Args:
+      saved: the fingerprint in the checkpoint.
+      now: the fingerprint of what is at hand.
+      folder: of the run, for the message.
+
+    Raises:
+      UserError: they differ; names the first part that does.
+    """
+    for part in now:
+        if saved.get(part) != now[part]:
+            raise UserError(
+                f"{folder} cannot be continued: its {part} is not what its rounds ran with; "
+                "restore it, or start a new run"
+            )
+
+
+def _text(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _arrays(tree: PyTree) -> str:
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        array = np.ascontiguousarray(jax.device_get(leaf))
+        name = jax.tree_util.keystr(path)
+        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        # As bytes: hashlib does not know every dtype that JAX does.
+        digest.update(array.reshape(-1).view(np.uint8))
+    return digest.hexdigest()

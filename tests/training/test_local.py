@@ -1,0 +1,104 @@
+"""One client's update against a plain NumPy account of the same steps."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from fedjax_llm.training import (
+    OPTIMIZERS,
+    ClientTable,
+    ExamplePrivacy,
+    LocalTraining,
+    client_update,
+    optimizer_init,
+)
+
+ROWS, WIDTH = 13, 5
+
+
+def problem() -> tuple[np.ndarray, np.ndarray]:
+    draw = np.random.default_rng(0)
+    return draw.normal(size=(ROWS, WIDTH)).astype(np.float32), np.ones(WIDTH, np.float32)
+
+
+def row_loss(params: dict[str, jax.Array], row: jax.Array) -> jax.Array:
+    """Its gradient is (w . x - 1) x: different for every row and easy to write down."""
+    return 0.5 * jnp.square(jnp.sum(params["w"] * row) - 1.0)
+
+
+def gradients(w: np.ndarray, x: np.ndarray) -> np.ndarray:
+    return (x @ w - 1.0)[:, None] * x
+
+
+def update(training: LocalTraining, rate: float, seed: int = 0) -> tuple[np.ndarray, object]:
+    x, w = problem()
+    params = {"w": jnp.asarray(w)}
+    padded = np.concatenate([x, np.full((4, WIDTH), 1e6, np.float32)])
+    table = ClientTable(jnp.asarray(padded), jnp.int32(ROWS), jnp.float32(rate))
+    state = optimizer_init(training.optimizer, params)
+    sampling, noise = jax.random.split(jax.random.key(seed))
+    after, _, metrics = jax.jit(
+        lambda p, s, t: client_update(row_loss, training, p, s, t, sampling, noise)
+    )(params, state, table)
+    return np.asarray(after["w"]), metrics
+
+
+def clipped_steps(steps: int, clip: float, batch: int, rate: float) -> np.ndarray:
+    x, w = problem()
+    for _ in range(steps):
+        grads = gradients(w, x)
+        norms = np.linalg.norm(grads, axis=1, keepdims=True)
+        w = w - rate * (grads * np.minimum(1, clip / norms)).sum(0) / batch
+    return w
+
+
+@pytest.mark.parametrize("microbatch", [1, 4, 13, 32])
+def test_private_steps_without_noise_are_clipped_gradient_descent(microbatch: int) -> None:
+    """At rate 1 every real row takes part and no padding does, whatever the micro-batch."""
+    privacy = ExamplePrivacy(clip_norm=0.7, noise_multiplier=0.0)
+    training = LocalTraining(optax.sgd(0.3), 3, 10, microbatch, privacy)
+    after, metrics = update(training, 1.0)
+    np.testing.assert_allclose(after, clipped_steps(3, 0.7, 10, 0.3), rtol=2e-4)
+    assert metrics.rows == 3 * ROWS
+
+
+def test_noise_has_the_scale_of_the_plan_and_differs_by_step() -> None:
+    """Two steps at learning rate 1 leave the sum of two independent draws."""
+    privacy = ExamplePrivacy(clip_norm=0.5, noise_multiplier=3.0)
+    quiet = ExamplePrivacy(clip_norm=1e-9, noise_multiplier=0.0)
+    start, _ = update(LocalTraining(optax.sgd(1.0), 2, 10, 4, quiet), 0.5)
+    draws = np.concatenate(
+        [
+            update(LocalTraining(optax.sgd(1.0), 2, 10, 4, privacy), 1e-6, seed)[0] - start
+            for seed in range(60)
+        ]
+    )
+    expected = 3.0 * 0.5 / 10 * np.sqrt(2)
+    assert abs(draws.std() / expected - 1) < 5 / np.sqrt(2 * draws.size)
+
+
+def test_plain_training_walks_through_every_row() -> None:
+    """Four batches of four cover thirteen rows; a gradient step with each is not zero."""
+    _, metrics = update(LocalTraining(optax.sgd(0.01), 4, 4, 3), 0.0)
+    x, w = problem()
+    every_row_once = 0.5 * np.square(x @ w - 1)
+    assert metrics.rows == 16
+    # Three rows are taken twice, the other ten once; the parameters hardly move at this rate.
+    low = every_row_once.sum() + np.sort(every_row_once)[:3].sum()
+    high = every_row_once.sum() + np.sort(every_row_once)[-3:].sum()
+    assert 0.5 * low < metrics.loss_sum < 1.05 * high
+
+
+def test_plain_training_does_not_depend_on_the_microbatch() -> None:
+    one, _ = update(LocalTraining(optax.sgd(0.1), 3, 6, 1), 0.0)
+    other, _ = update(LocalTraining(optax.sgd(0.1), 3, 6, 4), 0.0)
+    np.testing.assert_allclose(one, other, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS))
+def test_every_optimiser_lowers_the_loss(name: str) -> None:
+    x, w = problem()
+    after, _ = update(LocalTraining(OPTIMIZERS[name](0.02), 20, 6, 6), 0.0)
+    assert np.square(x @ after - 1).mean() < np.square(x @ w - 1).mean()
