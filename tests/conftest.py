@@ -1,4 +1,4 @@
-"""Fixtures that find the reference data; tests that need it skip with a reason where it is missing."""
+"""Fixtures that find the reference data and models; tests skip with a reason where they are missing."""
 
 import os
 from pathlib import Path

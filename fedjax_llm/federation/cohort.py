@@ -110,14 +110,14 @@ class ClientInputs(NamedTuple):
     """What the program needs of each client; every leaf has the leading axis K'.
 
     Attributes:
-        index: int32, the client's place in the run file; addresses its randomness.
+        place: int32, the client's place in the run file; addresses its randomness.
         table: its training rows.
         optimizer: its optimiser state.
         weight: float32, its public weight in the mean, in (0, 1].
         participates: bool, whether its message enters this round; the others send zeros.
     """
 
-    index: jax.Array
+    place: jax.Array
     table: ClientTable
     optimizer: PyTree
     weight: jax.Array
@@ -174,8 +174,8 @@ def train_cohort(
             before,
             client.optimizer,
             client.table,
-            key_for(seed, Purpose.EXAMPLE_SAMPLING, round_index, client.index),
-            key_for(seed, Purpose.LOCAL_NOISE, round_index, client.index),
+            key_for(seed, Purpose.EXAMPLE_SAMPLING, round_index, client.place),
+            key_for(seed, Purpose.LOCAL_NOISE, round_index, client.place),
         )
         message = codec.encode(rule.message(before, after), client.weight)
 

@@ -23,11 +23,12 @@ from fedjax_llm.federation.message import MessageCodec, fitting_bits
 from fedjax_llm.federation.programs import RoundPrograms
 from fedjax_llm.federation.reports import CloudReport, RoundReport
 from fedjax_llm.federation.state import FederationState, init_state
-from fedjax_llm.federation.sums import Plain, SumMode
+from fedjax_llm.federation.sums import Plain, SumMode, Threshold
 from fedjax_llm.federation.tables import Participant, client_tables, sampler_of, scaled_weights
 from fedjax_llm.lora import Adapter, LoraConfig, init_adapter
 from fedjax_llm.models import Batch, Model, loss
 from fedjax_llm.privacy import PrivacyPlan, poisson_sample
+from fedjax_llm.secure.sums import SecureSum
 from fedjax_llm.training import LocalTraining
 
 PyTree = Any
@@ -126,11 +127,9 @@ class Federation:
             lambda base, adapter, batch: loss(model.config, base, adapter, batch, dtype=dtype),
             evaluation_microbatch,
         )
-        self._secure_sum = (
-            None
-            if isinstance(sum_mode, Plain)
-            else sum_mode.open(self._names, self._codec.size, self._codec.fixed_point)
-        )
+        self._secure_sum: SecureSum | None = None
+        if isinstance(sum_mode, Threshold):
+            self._secure_sum = sum_mode.open(self._names, self._codec.size, self._codec.fixed_point)
 
     @property
     def parameters(self) -> int:
@@ -144,7 +143,9 @@ class Federation:
 
     def statement(self) -> str:
         """Who can decrypt what; a run prints it before it starts."""
-        return (self._secure_sum or self.sum_mode).statement()
+        if self._secure_sum is None:
+            return Plain().statement()
+        return self._secure_sum.statement()
 
     def init(self) -> FederationState:
         """Returns the state before the first round."""
@@ -296,11 +297,11 @@ class Federation:
 
     def _client_inputs(self, state: FederationState, selected_K: np.ndarray) -> ClientInputs:
         count = len(self._names)
-        index, weight, participates = self.layout.shard(
+        place, weight, participates = self.layout.shard(
             (np.arange(count, dtype=np.int32), self._weights_K, selected_K)
         )
         optimizer = self.layout.shard(jax.device_get(state.clients))
-        return ClientInputs(index, self._tables, optimizer, weight, participates)
+        return ClientInputs(place, self._tables, optimizer, weight, participates)
 
     def _check_finite(self, outputs: ClientOutputs, round_number: int) -> None:
         if self.plan.unit == "client":

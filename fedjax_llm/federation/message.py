@@ -31,9 +31,9 @@ class EncodedMessage(NamedTuple):
 
     Attributes:
         ints_P: int32, fixed-point coordinates, each within the codec's bound.
-        norm: float32, l2 norm of the change before clipping; infinite if training diverged, that
-            is if the change holds NaN or infinity. It depends on the client's data: with privacy
-            unit `client`, nothing that leaves the simulator may follow from it.
+        norm: float32, l2 norm of the change before clipping; not finite if training diverged, that
+            is if the change holds NaN, infinity, or values whose squares float32 cannot hold. It
+            depends on the client's data: with unit `client` no guarantee covers it.
     """
 
     ints_P: jax.Array
@@ -45,8 +45,8 @@ class MessageCodec:
     """Fixed-point coding of a pytree of P float32 parameters.
 
     Formal guarantee: the decoded message of any client has l2 norm at most `max_norm`, whatever
-    the client computed, rounding included; a tree with a non-finite leaf becomes all zeros and
-    is reported through `EncodedMessage.norm`.
+    the client computed, rounding included; the tree of a training that diverged becomes all zeros
+    and is reported through `EncodedMessage.norm`.
 
     Attributes:
         size: P.
@@ -72,9 +72,11 @@ class MessageCodec:
     def encode(self, tree: PyTree, weight: jax.Array) -> EncodedMessage:
         """Returns the message `weight * tree`; pure, may be vmapped over clients."""
         flat_P = ravel_pytree(tree)[0]
+        norm = jnp.sqrt(jnp.sum(jnp.square(flat_P)))
         room = self.fixed_point.clip_norm_before_rounding(self.max_norm, self.size)
-        clipped_P, norm = clip(flat_P * weight, room)
-        return EncodedMessage(self.fixed_point.encode(clipped_P), norm / weight)
+        sound_P = jnp.where(jnp.isfinite(norm), flat_P, jnp.float32(0))
+        clipped_P, _ = clip(sound_P * weight, room)
+        return EncodedMessage(self.fixed_point.encode(clipped_P), norm)
 
     def decode(self, total_P: jax.Array) -> jax.Array:
         """Returns the integer sum in float32 units of the parameters."""

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fedjax_llm.clouds import Cloud
@@ -71,7 +72,7 @@ def client_tables(participants: Sequence[Participant], training: LocalTraining) 
     rows = jax.tree.map(stack, *[participant.train for participant in participants])
     # From the sampler's own description, so that what is drawn is what is accounted for.
     rates = sampler_of(participants, training).rates or (0.0,) * len(sizes)
-    return ClientTable(rows, np.array(sizes, np.int32), np.array(rates, np.float32))
+    return ClientTable(rows, jnp.asarray(sizes, jnp.int32), jnp.asarray(rates, jnp.float32))
 
 
 def scaled_weights(weights: Sequence[float] | None, count: int) -> np.ndarray:

@@ -403,8 +403,8 @@ class PrivacyPlan:
         mechanism = (
             f"Sampler: {self.sampler.describe()}. Contributions are clipped to an l2 norm of "
             f"{self.clip_norm:g} and Gaussian noise of standard deviation {self.noise_stddev:g} "
-            "is added to their sum. Noise and samples follow from the run's seed, as a simulation's "
-            f"must: whoever knows the seed can take them off. {self.report()}."
+            "is added to their sum. Noise and samples follow from the run's seed, as in any "
+            f"simulation: whoever knows the seed can take them off. {self.report()}."
         )
         if self.unit == "example":
             return (

@@ -108,7 +108,23 @@ def run(run_file: RunFile, folder: RunFolder, *, on_event: OnEvent = ignore) -> 
 def resume(path: Path, *, on_event: OnEvent = ignore) -> Summary:
     """Continues the run in a folder to its end; a finished one is only reported again."""
     with RunFolder.open(path, write=True) as folder:
-        return run(runfile.load(folder.run_toml), folder, on_event=on_event)
+        run_file = runfile.load(folder.run_toml)
+        result = _finished(run_file, folder)
+        if result is None:
+            return run(run_file, folder, on_event=on_event)
+        on_event(Note(f"all {run_file.rounds} rounds are done; only the report is made again"))
+        on_event(Stage("report"))
+        report.write(folder)
+        return result
+
+
+def _finished(run_file: RunFile, folder: RunFolder) -> Summary | None:
+    """The summary of a run that has nothing left to do; it needs neither model nor keys."""
+    try:
+        result = summary.read(folder.summary)
+    except UserError:
+        return None  # damaged; the run writes it again
+    return result if result is not None and result.rounds == run_file.rounds else None
 
 
 def _before_training(

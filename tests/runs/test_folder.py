@@ -111,3 +111,13 @@ def test_a_full_disk_is_recognised_through_other_errors() -> None:
     assert disk.is_full_disk(wrapped)
     assert disk.is_full_disk(ExceptionGroup("several", [KeyError(1), OSError(28, "full")]))
     assert not disk.is_full_disk(OSError(2, "No such file"))
+
+
+def test_asking_for_space_leaves_no_name_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process killed while it asks must not leave a file as large as a checkpoint."""
+    seen: list[list[Path]] = []
+    monkeypatch.setattr(os, "posix_fallocate", lambda *_: seen.append(list(tmp_path.iterdir())))
+    disk.reserve(tmp_path, 1 << 30)
+    assert seen == [[]]

@@ -1,0 +1,91 @@
+"""A run is continued with what it began with, and with nothing else."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedjax_llm.errors import UserError
+from fedjax_llm.runs import fingerprint
+from fedjax_llm.runs.runfile import RunFile
+
+FOLDER = Path("runs/three")
+
+
+def settings(**changes: Any) -> RunFile:
+    plain: dict[str, Any] = {
+        "name": "three",
+        "rounds": 3,
+        "model": {"name": "smollm2-135m"},
+        "clouds": [{"name": name, "data": {"sources": ["builtin:medical"]}} for name in ("a", "b")],
+    }
+    return RunFile.model_validate(plain | changes)
+
+
+def base(weight: float = 1.0, config: str = "small", tokenizer: str = "t") -> Any:
+    weights = {"layers": np.full((2, 3), weight, np.float32), "empty": np.zeros((0,), np.float32)}
+    return SimpleNamespace(config=config, base=weights, tokenizer=SimpleNamespace(sha256=tokenizer))
+
+
+def corpora(train: int = 0, evaluation: int = 0) -> list[Any]:
+    return [
+        SimpleNamespace(
+            name=name, train=np.full((4, 5), train), evaluation=np.full((2, 5), evaluation)
+        )
+        for name in ("a", "b")
+    ]
+
+
+SAVED = fingerprint.of(settings(), base(), corpora())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rounds": 9},
+        {"checkpoint": {"keep": 5}},
+        {"evaluation": {"every_rounds": 2, "prompt": "Why?"}},
+        {"training": {"microbatch": 1, "remat": True, "clients_at_once": 2}},
+        {"model": {"path": "elsewhere"}},
+    ],
+)
+def test_what_may_change_between_two_processes(changes: dict[str, Any]) -> None:
+    fingerprint.check(SAVED, fingerprint.of(settings(**changes), base(), corpora()), FOLDER)
+
+
+@pytest.mark.parametrize(
+    ("part", "now"),
+    [
+        ("seed", (settings(seed=1), base(), corpora())),
+        (
+            r"section \[privacy\]",
+            (settings(privacy={"noise_multiplier": 2.0}), base(), corpora()),
+        ),
+        (r"section \[training\]", (settings(training={"batch_size": 9}), base(), corpora())),
+        (r"section \[secure\]", (settings(secure={"sum": "threshold"}), base(), corpora())),
+        ("model", (settings(), base(weight=np.nextafter(np.float32(1), 2)), corpora())),
+        ("model", (settings(), base(config="other"), corpora())),
+        ("tokenizer", (settings(), base(tokenizer="u"), corpora())),
+        ("data of cloud 'a'", (settings(), base(), corpora(train=1))),
+        ("data of cloud 'a'", (settings(), base(), corpora(evaluation=1))),
+    ],
+)
+def test_what_may_not(part: str, now: tuple[Any, Any, Any]) -> None:
+    with pytest.raises(UserError, match=f"cannot be continued: its {part} is not what") as caught:
+        fingerprint.check(SAVED, fingerprint.of(*now), FOLDER)
+    assert "\n" not in str(caught.value)
+
+
+def test_clouds_in_another_order_are_another_run() -> None:
+    """Their place addresses their randomness."""
+    run_file = settings()
+    turned = run_file.model_copy(update={"clouds": run_file.clouds[::-1]})
+    with pytest.raises(UserError, match="its clouds is not what"):
+        fingerprint.check(SAVED, fingerprint.of(turned, base(), corpora()), FOLDER)
+
+
+def test_a_checkpoint_that_does_not_say_is_not_continued() -> None:
+    with pytest.raises(UserError, match="cannot be continued"):
+        fingerprint.check({}, SAVED, FOLDER)
