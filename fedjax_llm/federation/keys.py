@@ -10,6 +10,7 @@ the operating system's generator and never from here.
 import enum
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -33,7 +34,7 @@ def seed_key(seed: int) -> jax.Array:
         seed: in [0, 2^64).
     """
     halves = np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32)
-    return jax.random.wrap_key_data(halves, impl="threefry2x32")
+    return jax.random.wrap_key_data(jnp.asarray(halves), impl="threefry2x32")
 
 
 def key_for(

@@ -8,7 +8,7 @@ from fedjax_llm.errors import UserError
 from fedjax_llm.federation import init_state
 from fedjax_llm.lora import Adapter, merge, write_peft
 from fedjax_llm.models import Model, save_model
-from fedjax_llm.runs import build, runfile
+from fedjax_llm.runs import build, fingerprint, runfile
 from fedjax_llm.runs.checkpoints import Checkpoints
 from fedjax_llm.runs.events import Note, OnEvent, ignore
 from fedjax_llm.runs.folder import RunFolder
@@ -19,7 +19,7 @@ def export_peft(folder: RunFolder, out: Path, *, on_event: OnEvent = ignore) -> 
     """Writes the last checkpoint's adapter as a PEFT folder.
 
     Raises:
-        UserError: no checkpoint, or `out` holds something already.
+        UserError: no checkpoint, one of another model or run, or `out` holds something already.
     """
     run_file, model, adapter = _trained(folder, out, on_event)
     name = run_file.model.name or str(model.folder)
@@ -30,7 +30,7 @@ def export_merged(folder: RunFolder, out: Path, *, on_event: OnEvent = ignore) -
     """Writes the base model with the last checkpoint's adapter added to its weights.
 
     Raises:
-        UserError: no checkpoint, or `out` holds something already.
+        UserError: no checkpoint, one of another model or run, or `out` holds something already.
     """
     _, model, adapter = _trained(folder, out, on_event)
     save_model(out, model.config, merge(model.base, adapter), model.tokenizer)
@@ -54,4 +54,7 @@ def _trained(folder: RunFolder, out: Path, on_event: OnEvent) -> tuple[RunFile, 
     )
     if found is None:
         raise UserError(f"{folder.path} has no checkpoint yet; `fedjax-llm resume` it first")
+    # An adapter fits every model of its shapes, and means something on one.
+    identity = fingerprint.of(run_file, model, ())
+    fingerprint.check(found.metadata.get("fingerprint", {}), identity, folder.path)
     return run_file, model, found.tree.server.adapter

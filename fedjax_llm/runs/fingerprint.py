@@ -39,9 +39,11 @@ def of(run_file: RunFile, base: Model, corpora: Sequence[Corpus]) -> Fingerprint
     Args:
       run_file: the settings.
       base: the model as loaded; every weight is hashed.
-      corpora: one for each cloud, in the order of the run file; every row is hashed.
+      corpora: one for each cloud, in the order of the run file; every row is hashed. None where
+        the data do not matter, as in an export.
     """
-    found = {"seed": _text(run_file.seed), "clouds": _text([c.name for c in run_file.clouds])}
+    names = [cloud.name for cloud in run_file.clouds]
+    found = {"seed": _text(run_file.seed), "clouds": _text(names)}
     for name in _SECTIONS:
         settings = getattr(run_file, name).model_dump(mode="json")
         kept = {key: value for key, value in settings.items() if key not in _MEMORY}
@@ -54,7 +56,7 @@ def of(run_file: RunFile, base: Model, corpora: Sequence[Corpus]) -> Fingerprint
 
 
 def check(saved: Mapping[str, str], now: Mapping[str, str], folder: Path) -> None:
-    """Checks that a run is continued with what it began with.
+    """Checks that what a run began with is at hand; parts that `now` leaves out are not compared.
 
     Args:
       saved: the fingerprint in the checkpoint.
@@ -67,7 +69,7 @@ def check(saved: Mapping[str, str], now: Mapping[str, str], folder: Path) -> Non
     for part in now:
         if saved.get(part) != now[part]:
             raise UserError(
-                f"{folder} cannot be continued: its {part} is not what its rounds ran with; "
+                f"{folder}: the {part} at hand is not what its rounds ran with; "
                 "restore it, or start a new run"
             )
 

@@ -32,6 +32,7 @@ class Aggregator:
         self._total: Residues = np.zeros(shape, np.uint64)
         self._clients: list[str] = []
         self._request: bytes | None = None
+        self._asked: frozenset[str] = frozenset()
 
     @property
     def clients(self) -> tuple[str, ...]:
@@ -63,6 +64,7 @@ class Aggregator:
         """What to send to each cloud of the decrypting set; fixes the set and the sum."""
         if self._request is None:
             c1 = pack(self._total[1::2], self._bfv.moduli)
+            self._asked = frozenset(clouds)
             self._request = decrypt_request(
                 self._round, self._epoch, clouds, len(self._clients), c1
             )
@@ -75,6 +77,11 @@ class Aggregator:
             BadMessage: naming the cloud whose answer is damaged or belongs elsewhere.
             WrongSum: an answer is missing, superfluous or made with another key share.
         """
+        if set(partials) != self._asked:
+            raise WrongSum(
+                f"round {self._round}: {', '.join(sorted(partials)) or 'no cloud'} answered, asked "
+                f"were {', '.join(sorted(self._asked)) or 'none'}; nothing is returned"
+            )
         parameters, moduli = self._bfv.parameters, self._bfv.moduli
         fused = self._total[0::2].copy()
         for cloud, data in partials.items():

@@ -6,6 +6,7 @@ is (b, a) with b = e - a s.
 """
 
 import math
+import os
 import threading
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedjax_llm.errors import UserError
+from fedjax_llm.errors import Refused, UserError
 from fedjax_llm.secure.openfhe_repair import import_openfhe
 from fedjax_llm.secure.parameters import Parameters, is_prime
 from fedjax_llm.secure.residues import Residues, Template, read
@@ -30,6 +31,7 @@ class Bfv:
     _partial: Template = field(repr=False)
     _public_key: Template = field(repr=False)
     _private_key: Template = field(repr=False)
+    _process: int = field(repr=False, default_factory=os.getpid)
 
     def public_key(self, residues_2LN: Residues) -> Any:
         """The OpenFHE public key (b, a)."""
@@ -42,8 +44,20 @@ class Bfv:
         data = openfhe.Serialize(made, openfhe.BINARY)
         return read(data, elements, self.moduli, self.parameters.ring_dimension)
 
+    def _check_process(self) -> None:
+        """OpenFHE's generator does not notice a fork: parent and child would draw the same noise.
+
+        Two messages under the same noise give away their difference.
+        """
+        if os.getpid() != self._process:
+            raise Refused(
+                "the encrypted sum was set up before this process was forked, which would repeat "
+                "its randomness; start processes with 'spawn' and set up the sum in each"
+            )
+
     def key_share(self, reference_1LN: Residues) -> tuple[Residues, Residues]:
         """A fresh ternary secret s and b = e - a s for a common reference a; both [1, L, N]."""
+        self._check_process()
         reference = self.public_key(np.concatenate([np.zeros_like(reference_1LN), reference_1LN]))
         # ``fresh``: b must not contain the b of the key it is given, as it would along a chain.
         pair = self._context.MultipartyKeyGen(reference, False, True)
@@ -51,6 +65,7 @@ class Bfv:
 
     def encrypt(self, public_key: Any, slots: NDArray[np.int64]) -> Residues:
         """[2, L, N]: a ciphertext of up to N signed integers, each at most (t - 1) / 2."""
+        self._check_process()
         # int64 on purpose: OpenFHE's binding reads other dtypes element by element.
         plaintext = self._context.MakePackedPlaintext(np.ascontiguousarray(slots, np.int64))
         ciphertext = self._context.Encrypt(public_key, plaintext)
@@ -58,6 +73,7 @@ class Bfv:
 
     def decrypt_partially(self, secret_1LN: Residues, c1_1LN: Residues) -> Residues:
         """[1, L, N]: c_1 s plus OpenFHE's flooding noise, drawn afresh at each call."""
+        self._check_process()
         openfhe = import_openfhe()
         key = openfhe.DeserializePrivateKeyString(
             self._private_key.write(secret_1LN), openfhe.BINARY

@@ -7,18 +7,20 @@ multiplied in *before* the flooding error e_j is added: the answers add up to c_
 with the same error as if every cloud held an additive share. Nobody's key is rebuilt, and a cloud
 that is absent reveals nothing.
 
-Formal guarantee. e_j is uniform over an interval of width Q / q_0 > 2^119, and what it hides is at
-most the ciphertext noise E < 2^50: given the decrypted sum and the shares of t - 1 clouds, the
-answers of one more cloud are within statistical distance 2 N E q_0 / Q < 2^-53 per ciphertext of
-ones that can be computed without its share. (E is about 2^25 in practice, the distance 2^-80.)
-Where fewer clouds collude, the answers of the honest ones are ring-LWE samples of their shares,
-which are uniform, with an error of 2^119 and a known sum.
+Formal guarantee. To each answer the clouds of S add masks that cancel over S (``masks``), so that
+of the honest clouds' answers nothing but their sum is seen, whoever the at most t - 1 others are,
+in S or not. That sum is the decrypted value and the ciphertext noise E < 2^50, minus what the
+others compute themselves, plus at least one e_j, uniform over an interval of width
+Q / q_0 > 2^119: it is within statistical distance 2 N E q_0 / Q < 2^-53 per ciphertext of one that
+can be computed from the decrypted sum and the others' shares. (E is below 2^25 in practice, the
+distance 2^-80.) Rounds add up: R rounds of C ciphertexts are within R C times that.
 
 | request | answer |
 |---|---|
 | the same request again | the same bytes again: fresh noise on the same product would average out |
 | another set, or another ciphertext, for a round already answered | ``Refused`` |
 | a round before the last one answered | ``Refused`` |
+| a request while another one is being answered | waits for it |
 | a set without this cloud, with a stranger, or of fewer than t clouds | ``Refused`` |
 
 Two sets in one round would give two multiples of the same product under different weights, and
@@ -26,6 +28,7 @@ two ciphertexts the difference of two sums: the contribution of single clients.
 """
 
 import hashlib
+import threading
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -34,7 +37,8 @@ from fedjax_llm.errors import Refused
 from fedjax_llm.secure import shamir
 from fedjax_llm.secure.bfv import Bfv
 from fedjax_llm.secure.key_ceremony import Ceremony, Group, JointKey
-from fedjax_llm.secure.residues import Residues, pack, packed_bytes, unpack
+from fedjax_llm.secure.masks import mask
+from fedjax_llm.secure.residues import Residues, add, pack, packed_bytes, unpack
 from fedjax_llm.secure.sums import BadMessage
 from fedjax_llm.secure.wire import frame, unframe
 
@@ -59,6 +63,9 @@ class CloudParty:
         self._ceremony: Ceremony | None = Ceremony(bfv, group, cloud)
         self._share: Residues | None = None
         self._key: JointKey | None = None
+        self._mask_keys: dict[str, bytes] = {}
+        # Two requests at once could otherwise both pass as the first one of their round.
+        self._one_at_a_time = threading.Lock()
         self._answered_round = -1
         self._answered: tuple[bytes, bytes] = (b"", b"")
 
@@ -72,6 +79,7 @@ class CloudParty:
     def finish(self, key: JointKey, deals: Mapping[str, bytes]) -> None:
         """Keeps the sum of the shares dealt to it, and forgets the ceremony's secrets."""
         self._share = self.ceremony.finish(key, deals)
+        self._mask_keys = self.ceremony.mask_keys(key)
         self._key = key
         self._ceremony = None
 
@@ -82,6 +90,10 @@ class CloudParty:
             Refused: see the module's table; also a sum of fewer than ``minimum_clients``.
             BadMessage: the request is damaged or under other keys.
         """
+        with self._one_at_a_time:
+            return self._partial_decryption(request)
+
+    def _partial_decryption(self, request: bytes) -> bytes:
         if self._share is None or self._key is None:
             raise Refused(f"cloud {self.cloud!r} holds no key share; run the key ceremony first")
         numbers, epoch, names, body = unframe("decrypt", 4, request, SERVER)
@@ -114,11 +126,11 @@ class CloudParty:
                 f"cloud {self.cloud!r} decrypts sums of {self._minimum_clients} or more clients, "
                 f"asked for one of {participants}"
             )
-        answer = self._answer(round_number, clouds, body)
+        answer = self._answer(round_number, clouds, body, digest)
         self._answered_round, self._answered = round_number, (digest, answer)
         return answer
 
-    def _answer(self, round_number: int, clouds: list[str], body: bytes) -> bytes:
+    def _answer(self, round_number: int, clouds: list[str], body: bytes, digest: bytes) -> bytes:
         assert self._share is not None and self._key is not None
         moduli, size = self._bfv.moduli, self._bfv.parameters.ring_dimension
         points = [self._group.point(name) for name in clouds]
@@ -133,12 +145,11 @@ class CloudParty:
         if not body or len(body) % one:
             raise BadMessage(SERVER, "the ciphertexts to decrypt have the wrong length")
         chunks = [body[at : at + one] for at in range(0, len(body), one)]
-        parts = [
-            pack(
-                self._bfv.decrypt_partially(weighted, unpack(chunk, 1, moduli, size, SERVER)),
-                moduli,
-            )
-            for chunk in chunks
-        ]
+        parts = []
+        for number, chunk in enumerate(chunks):
+            c1 = unpack(chunk, 1, moduli, size, SERVER)
+            flooded = self._bfv.decrypt_partially(weighted, c1)
+            hiding = mask(self.cloud, clouds, self._mask_keys, digest, number, moduli, size)
+            parts.append(pack(add(flooded, hiding, moduli), moduli))
         numbers = round_number.to_bytes(8, "little")
         return frame("partial", self.cloud.encode(), numbers, self._key.epoch, b"".join(parts))

@@ -59,7 +59,7 @@ class _Image:
     def unpack(self, layout: str, offset: int) -> tuple[int, ...]:
         try:
             return struct.unpack_from("<" + layout, self.data, offset)
-        except struct.error as err:
+        except (struct.error, OverflowError) as err:
             raise NotElf(f"ELF table at offset {offset} runs past the end of the file") from err
 
     def offset(self, address: int) -> int:
@@ -180,7 +180,8 @@ def plan(data: bytes, recipe: Recipe) -> list[Edit]:
 
     symbols_at, versions_at = image.table(DT_SYMTAB), image.table(DT_VERSYM)
     relocated = _relocated_symbols(image)
-    for number in range(1, _symbol_count(image)):
+    # A hash table without any entry does not count the undefined symbols; relocations do.
+    for number in range(1, max(_symbol_count(image), max(relocated, default=0) + 1)):
         at = symbols_at + SYMBOL_BYTES * number
         name_index, _info, _other, section = image.unpack("IBBH", at)
         (index,) = image.unpack("H", versions_at + 2 * number)

@@ -11,7 +11,8 @@ Star-shaped: every message goes through a server that only relays. Five rounds.
    ``b_i`` that cancels the others' and leaves a joint key of which it knows the secret.
 5. ``deal``: each cloud Shamir-shares its own ``s_i`` among all, sealed to each recipient
    (X25519, HKDF-SHA256, ChaCha20-Poly1305). Each adds up what it got: a share of sum(s_i).
-   Then it forgets ``s_i`` and everything received.
+   Then it forgets ``s_i`` and everything received, but for one key with each other cloud, from
+   the same X25519 exchange, for the masks of its answers (``masks``).
 
 Any t shares determine the joint secret, t - 1 are independent of it (``shamir``).
 
@@ -40,6 +41,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from fedjax_llm.errors import Refused
 from fedjax_llm.secure import shamir
 from fedjax_llm.secure.bfv import Bfv
+from fedjax_llm.secure.masks import expand
 from fedjax_llm.secure.residues import Residues, add, pack, packed_bytes, unpack
 from fedjax_llm.secure.sums import BadMessage
 from fedjax_llm.secure.wire import frame, unframe
@@ -67,6 +69,8 @@ class Group:
         """Refuses groups in which one cloud alone could decrypt."""
         if len(set(self.clouds)) != len(self.clouds) or not all(self.clouds):
             raise Refused(f"clouds must have distinct names, got {list(self.clouds)}")
+        if any("\n" in name for name in self.clouds):  # it separates names in requests
+            raise Refused(f"clouds' names must be of one line, got {list(self.clouds)}")
         if not 2 <= self.threshold <= len(self.clouds):
             raise Refused(
                 f"threshold must be in [2, {len(self.clouds)}] for {len(self.clouds)} clouds, got "
@@ -80,29 +84,21 @@ class Group:
 
 def common_reference(seeds: Mapping[str, bytes], moduli: tuple[int, ...], size: int) -> Residues:
     """``a`` [1, L, N], uniform, expanded from everybody's seeds with SHAKE-256."""
-    out = np.empty((1, len(moduli), size), np.uint64)
     transcript = b"".join(
         hashlib.sha256(name.encode()).digest() + seeds[name] for name in sorted(seeds)
     )
-    for limb, modulus in enumerate(moduli):
-        mask = np.uint64((1 << modulus.bit_length()) - 1)
-        label = b"fedjax-llm common reference" + modulus.to_bytes(8, "little") + bytes([limb])
-        # Rejection keeps it uniform; at worst about half of the candidates survive.
-        stream = hashlib.shake_256(label + transcript).digest(8 * 4 * size)
-        drawn = np.frombuffer(stream, "<u8") & mask
-        good = drawn[drawn < modulus]
-        if good.size < size:  # probability far below 2^-1000 for the moduli in use
-            raise Refused("the common reference ran out of random bits; start the ceremony again")
-        out[0, limb] = good[:size]
-    return out
+    label = b"common reference" + transcript
+    return np.stack([expand(label, modulus, size) for modulus in moduli])[None]
 
 
-def _seal_key(own: X25519PrivateKey, other: bytes, sender: str, recipient: str) -> bytes:
+def _pair_key(
+    own: X25519PrivateKey, other: bytes, purpose: str, first: str, second: str, context: bytes
+) -> bytes:
     try:
         shared = own.exchange(X25519PublicKey.from_public_bytes(other))
     except ValueError as err:  # a point of low order, which would make the key known to all
-        raise BadMessage(f"{sender} or {recipient}", "its X25519 key is degenerate") from err
-    info = frame("seal-info", sender.encode(), recipient.encode())
+        raise BadMessage(f"{first} or {second}", "its X25519 key is degenerate") from err
+    info = frame(purpose, first.encode(), second.encode(), context)
     return HKDF(hashes.SHA256(), 32, salt=None, info=info).derive(shared)
 
 
@@ -186,7 +182,9 @@ class Ceremony:
         sealed = {}
         for name in self._group.clouds:
             dealt = np.stack([shares_of[self._group.point(name)] for shares_of in per_limb])[None]
-            secret_key = _seal_key(self._exchange, self._peers[name], self._cloud, name)
+            secret_key = _pair_key(
+                self._exchange, self._peers[name], "seal-info", self._cloud, name, key.epoch
+            )
             # One message per key: a constant nonce is never used twice.
             box = ChaCha20Poly1305(secret_key).encrypt(bytes(12), pack(dealt, moduli), key.epoch)
             sealed[name] = frame("deal", self._cloud.encode(), name.encode(), box)
@@ -199,7 +197,9 @@ class Ceremony:
         for name, (sender, recipient, box) in self._open("deal", 3, deals).items():
             if (sender, recipient) != (name.encode(), self._cloud.encode()):
                 raise BadMessage(name, f"its share was not dealt to {self._cloud!r}")
-            secret_key = _seal_key(self._exchange, self._peers[name], name, self._cloud)
+            secret_key = _pair_key(
+                self._exchange, self._peers[name], "seal-info", name, self._cloud, key.epoch
+            )
             try:
                 dealt = ChaCha20Poly1305(secret_key).decrypt(bytes(12), box, key.epoch)
             except InvalidTag as err:
@@ -208,6 +208,17 @@ class Ceremony:
                 raise BadMessage(name, "its share has the wrong length")
             total = add(total, unpack(dealt, 1, moduli, size, name), moduli)
         return total
+
+    def mask_keys(self, key: JointKey) -> dict[str, bytes]:
+        """Per other cloud, the 32 bytes that only the two of them know (see ``masks``)."""
+        keys = {}
+        for name, public in self._peers.items():
+            if name != self._cloud:
+                first, second = sorted((self._cloud, name))
+                keys[name] = _pair_key(
+                    self._exchange, public, "mask-info", first, second, key.epoch
+                )
+        return keys
 
 
 def joint_key(residues_2LN: Residues, moduli: tuple[int, ...]) -> JointKey:

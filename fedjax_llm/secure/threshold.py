@@ -155,8 +155,9 @@ class ThresholdSum:
         clouds = self.group.clouds
         return (
             f"any {self.group.threshold} of the {len(clouds)} clouds ({', '.join(clouds)}) can "
-            f"together decrypt, and only sums of {self.minimum_clients} or more clients; "
-            "the server holds no key share"
+            "together decrypt, fewer cannot; they answer only for sums that the server declares "
+            f"to have {self.minimum_clients} or more clients; the server holds no key share; "
+            "simulated: one process plays all parties"
         )
 
     def encode_message(self, client: str, round_number: int, ints_P: NDArray[np.integer]) -> bytes:

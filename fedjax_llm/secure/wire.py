@@ -7,6 +7,7 @@ compute it too; that is what the checks of the content, and signatures, are for.
 import hashlib
 import struct
 
+from fedjax_llm.errors import Refused
 from fedjax_llm.secure.sums import BadMessage
 
 MAGIC = b"FJS1"
@@ -62,6 +63,8 @@ def message(
     kind: str, client: str, round_number: int, epoch: bytes, count: int, body: bytes
 ) -> bytes:
     """A client's upload: who, which round, under which keys, how many integers, and the body."""
+    if not 0 <= round_number < 2**63:
+        raise Refused(f"a round number must be in [0, 2^63), got {round_number}")
     numbers = struct.pack("<QQ", round_number, count)
     return frame(kind, client.encode(), numbers, epoch, body)
 

@@ -73,7 +73,7 @@ def test_what_may_change_between_two_processes(changes: dict[str, Any]) -> None:
     ],
 )
 def test_what_may_not(part: str, now: tuple[Any, Any, Any]) -> None:
-    with pytest.raises(UserError, match=f"cannot be continued: its {part} is not what") as caught:
+    with pytest.raises(UserError, match=f"the {part} at hand is not what") as caught:
         fingerprint.check(SAVED, fingerprint.of(*now), FOLDER)
     assert "\n" not in str(caught.value)
 
@@ -82,10 +82,10 @@ def test_clouds_in_another_order_are_another_run() -> None:
     """Their place addresses their randomness."""
     run_file = settings()
     turned = run_file.model_copy(update={"clouds": run_file.clouds[::-1]})
-    with pytest.raises(UserError, match="its clouds is not what"):
+    with pytest.raises(UserError, match="the clouds at hand is not what"):
         fingerprint.check(SAVED, fingerprint.of(turned, base(), corpora()), FOLDER)
 
 
 def test_a_checkpoint_that_does_not_say_is_not_continued() -> None:
-    with pytest.raises(UserError, match="cannot be continued"):
+    with pytest.raises(UserError, match="is not what its rounds ran with"):
         fingerprint.check({}, SAVED, FOLDER)

@@ -125,6 +125,12 @@ def test_unused_symbol_that_is_relocated_after_all_is_refused():
         plan(library(SYMBOLS, relocated=["_ZSt21ios_base_library_initv"]), RECIPE)
 
 
+def test_symbols_that_the_hash_table_does_not_count_are_found_by_their_relocations(monkeypatch):
+    monkeypatch.setattr("fedjax_llm.secure.elf_versions._symbol_count", lambda image: 1)
+    with pytest.raises(UserError, match="fgetwhatever"):
+        plan(library([("fgetwhatever", NEW_C)], relocated=["fgetwhatever"]), RECIPE)
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_truncated_or_damaged_bytes_never_raise_anything_but_user_errors(data):
@@ -132,6 +138,10 @@ def test_truncated_or_damaged_bytes_never_raise_anything_but_user_errors(data):
     cut = data.draw(st.integers(0, len(whole) - 1))
     with pytest.raises(NotElf):
         plan(whole[:cut], RECIPE)
+    beyond = bytearray(whole)
+    beyond[0x27] ^= 0x80  # the program headers' offset no longer fits a signed integer
+    with pytest.raises(NotElf):
+        plan(bytes(beyond), RECIPE)
     where = data.draw(st.integers(0, 0x40 + 111))
     damaged = bytearray(whole)
     damaged[where] ^= data.draw(st.integers(1, 255))

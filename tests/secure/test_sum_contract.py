@@ -94,6 +94,9 @@ def test_overflow_and_wrong_vectors_are_refused_before_anything_is_sent(secure_s
         ints[7] = value
         with pytest.raises(Refused, match=rf"client 'alice': entry 7 is {value}, beyond"):
             secure_sum.encode_message("alice", 0, ints)
+    for number in (-1, 2**63):
+        with pytest.raises(Refused, match="round number"):
+            secure_sum.encode_message("alice", number, np.zeros(count, int))
     for wrong in (np.zeros(count), np.zeros(count + 1, int), np.zeros((1, count), int)):
         with pytest.raises(Refused, match="'alice' must send"):
             secure_sum.encode_message("alice", 0, wrong)

@@ -1,8 +1,10 @@
 """What only encryption promises: who can decrypt, what leaves a client, and what a loss costs."""
 
+import functools
 import itertools
 import math
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from fedjax_llm.secure.aggregator import Aggregator
 from fedjax_llm.secure.bfv import open_bfv
 from fedjax_llm.secure.cloud_party import CloudParty
 from fedjax_llm.secure.key_ceremony import Group
+from fedjax_llm.secure.masks import mask
 from fedjax_llm.secure.openfhe_repair import import_openfhe
 from fedjax_llm.secure.residues import add, pack, unpack
 from fedjax_llm.secure.threshold import run_ceremony
@@ -55,14 +58,15 @@ def test_every_decrypting_set_from_t_to_n_gives_the_same_sum(three_of_four, new_
 
 def test_no_coalition_below_the_threshold_decrypts(three_of_four, new_round):
     vectors = updates(three_of_four)
-    server = collected(three_of_four, new_round(), vectors)
-    request = server.request(three_of_four.group.clouds[:3])
-    c1 = unframe("decrypt", 4, request, "server")[3]
     for size in (1, 2):
         for coalition in itertools.combinations(three_of_four.group.clouds, size):
+            server = collected(three_of_four, new_round(), vectors)
+            c1 = unframe("decrypt", 4, server.request(coalition), "server")[3]
             # They ignore every rule of CloudParty and use the best weights for their number.
             partials = {
-                name: three_of_four._parties[name]._answer(server._round, list(coalition), c1)
+                name: three_of_four._parties[name]._answer(
+                    server._round, list(coalition), c1, bytes(32)
+                )
                 for name in coalition
             }
             with pytest.raises(WrongSum, match="canary"):
@@ -74,11 +78,11 @@ def test_missing_repeated_or_foreign_answers_give_no_result(three_of_four, new_r
     chosen = ("a", "b", "d")
     request = server.request(chosen)
     partials = {n: three_of_four._parties[n].partial_decryption(request) for n in chosen}
-    for wrong in ({}, {n: partials[n] for n in "ab"}):
-        with pytest.raises(WrongSum):
+    for wrong in ({}, {n: partials[n] for n in "ab"}, partials | {"c": partials["a"]}):
+        with pytest.raises(WrongSum, match="asked were a, b, d"):
             server.fuse(wrong)
-    with pytest.raises(BadMessage, match="'c' refused: its answer is not its own"):
-        server.fuse(partials | {"c": partials["a"]})
+    with pytest.raises(BadMessage, match="'d' refused: its answer is not its own"):
+        server.fuse(partials | {"d": partials["a"]})
     with pytest.raises(BadMessage, match="'b' refused"):
         server.fuse(partials | {"b": partials["b"][:-1]})
     assert server.fuse(partials).shape == (three_of_four.count,)
@@ -147,7 +151,13 @@ def test_clouds_refuse_requests_outside_of_the_agreement(three_of_four, new_roun
 
 
 def test_one_cloud_alone_is_never_a_threshold():
-    for clouds, threshold in ((("a", "b"), 1), (("a",), 1), (("a", "b"), 3), (("a", "a"), 2)):
+    for clouds, threshold in (
+        (("a", "b"), 1),
+        (("a",), 1),
+        (("a", "b"), 3),
+        (("a", "a"), 2),
+        (("a\nb", "c"), 2),
+    ):
         with pytest.raises(Refused):
             Group(clouds, threshold)
 
@@ -227,6 +237,95 @@ def test_flooding_is_as_wide_as_the_argument_assumes(threshold_sum):
     assert max(map(abs, errors)) <= half + 1
     # 24 uniform draws: each of these fails with a probability below 1e-6.
     assert max(errors) > 0 > min(errors) and max(map(abs, errors)) > half // 2
+
+
+def coefficient_0(bfv, residues_LN):
+    """Of ring elements in evaluation form: the mean of their evaluations, modulo Q, centred."""
+    size, product = bfv.parameters.ring_dimension, math.prod(bfv.moduli)
+    value = 0
+    for row, modulus in zip(residues_LN, bfv.moduli, strict=True):
+        rest = product // modulus
+        value += int(row.astype(object).sum()) * pow(size * rest, -1, modulus) * rest
+    return (value + product // 2) % product - product // 2
+
+
+def test_an_idle_cloud_and_the_server_learn_nothing_of_the_noise(threshold_sum, new_round):
+    """Cloud 3 knows its share; b's is (s + 2 share_3) / 3, so that b's answer would show E mod 3.
+
+    Only coefficient 0 is looked at. What remains must be uniform, not near a multiple of Q / 3.
+    """
+    bfv, clouds = threshold_sum.bfv, threshold_sum.group.clouds
+    product, t = math.prod(bfv.moduli), bfv.parameters.plaintext_modulus
+    size, third = bfv.parameters.ring_dimension, pow(3, -1, product)
+    idle = threshold_sum._parties[clouds[2]]._share[0]
+    near = 0
+    for _ in range(8):
+        round_number = new_round()
+        server = collected(threshold_sum, round_number, updates(threshold_sum))
+        request = server.request(clouds[:2])
+        answers = {n: threshold_sum._parties[n].partial_decryption(request) for n in clouds[:2]}
+        parts = {
+            n: unpack(unframe("partial", 4, data, n)[3], 1, bfv.moduli, size, n)
+            for n, data in answers.items()
+        }
+        c0, c1 = server._total[:1], server._total[1:]
+        fused = functools.reduce(lambda x, y: add(x, y, bfv.moduli), [c0, *parts.values()])
+        message = round(coefficient_0(bfv, fused[0]) * t / product) * product // t
+        rows = zip(idle, c1[0], bfv.moduli, strict=True)
+        own = np.stack([(i.astype(object) * c % q).astype(np.uint64) for i, c, q in rows])
+        left = coefficient_0(bfv, parts[clouds[1]][0])
+        left += third * (2 * coefficient_0(bfv, own) - coefficient_0(bfv, c0[0]) + message)
+        distance = 3 * left % product
+        near += min(distance, product - distance) < product // 2**32
+    assert near == 0
+
+
+def test_masks_cancel_over_the_set_and_differ_by_request(three_of_four):
+    bfv, clouds = three_of_four.bfv, ["a", "c", "d"]
+
+    def masks(request, chunk):
+        return [
+            mask(n, clouds, three_of_four._parties[n]._mask_keys, request, chunk, bfv.moduli, 64)
+            for n in clouds
+        ]
+
+    first = masks(bytes(32), 0)
+    assert not functools.reduce(lambda x, y: add(x, y, bfv.moduli), first).any()
+    for one in (*masks(bytes(32), 1), *masks(b"\1" * 32, 0)):
+        assert all((one == other).mean() < 0.01 for other in first)
+
+
+def test_a_forked_process_does_not_encrypt(threshold_sum, monkeypatch):
+    """OpenFHE's generator would repeat the parent's noise."""
+    zeros = np.zeros(threshold_sum.count, int)
+    monkeypatch.setattr("os.getpid", lambda: -1)
+    with pytest.raises(Refused, match="before this process was forked"):
+        threshold_sum.encode_message("x", 0, zeros)
+
+
+def test_two_requests_at_once_get_one_answer(threshold_sum, new_round):
+    round_number, vectors = new_round(), updates(threshold_sum)
+    party = threshold_sum._parties["medical"]
+    requests = [
+        collected(threshold_sum, round_number, vectors).request(["medical", other])
+        for other in ("finance", "general")
+    ]
+
+    def answered(request):
+        try:
+            return bool(party.partial_decryption(request))
+        except Refused:
+            return False
+
+    with ThreadPoolExecutor(2) as pool:
+        assert sum(pool.map(answered, requests)) == 1
+
+
+def test_a_statement_says_who_may_and_that_it_is_simulated(threshold_sum, three_of_four):
+    assert "any 2 of the 3 clouds (medical, finance, general)" in threshold_sum.statement()
+    assert "1 or more clients" in threshold_sum.statement()
+    assert "2 or more clients" in three_of_four.statement()
+    assert "one process plays all parties" in three_of_four.statement()
 
 
 def test_adding_residues_is_openfhe_s_eval_add(threshold_sum):
