@@ -50,7 +50,7 @@ types: setup-dev
 
 test: lint types
 	$(BIN)/fedjax-llm models get smollm2-135m
-	$(BIN)/python -m pytest -m "not drill"
+	$(BIN)/python -m pytest -m "not drill" -n 2 --dist loadfile
 
 drill: setup-dev
 	$(BIN)/python -m pytest -m drill

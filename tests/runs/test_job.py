@@ -146,7 +146,7 @@ def test_a_run_killed_at_any_point_ends_in_the_same_bytes(
     def training() -> bool:
         if recorded()[-1] < 1:
             return False
-        time.sleep(0.7)  # while the program of the next round is loaded or runs
+        time.sleep(0.4)  # the program of round 2 is being loaded, or runs
         return True
 
     killed("resume", out, when=training)
