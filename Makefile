@@ -22,12 +22,12 @@ $(VENV)/.made:
 
 $(VENV)/.installed: $(VENV)/.made $(INPUTS)
 	@echo "installing the packages that a run needs (about a minute)"
-	@$(PIP) install --quiet --constraint constraints.txt --editable .
+	@$(PIP) install -qq --constraint constraints.txt --editable .
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@echo "installing the packages that the tests need"
-	@$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	@$(PIP) install -qq --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 setup: $(VENV)/.installed

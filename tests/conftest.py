@@ -1,4 +1,4 @@
-"""Fixtures that find the reference data and models; tests skip with a reason where they are missing."""
+"""Fixtures that find reference data and models; tests skip with a reason where they are missing."""
 
 import os
 from pathlib import Path
