@@ -6,7 +6,7 @@ the keys of the encrypted sum); `FederationState` is a pytree that holds all tha
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -18,13 +18,15 @@ from fedjax_llm.clouds import check_unique, round_seconds
 from fedjax_llm.errors import Refused, UserError
 from fedjax_llm.federation.cohort import ClientInputs, ClientOutputs, CohortLayout
 from fedjax_llm.federation.evaluation import HeldOut
+from fedjax_llm.federation.exchange import Ledger, OnStage, encrypted_sum
 from fedjax_llm.federation.keys import Purpose, key_for, seed_key
 from fedjax_llm.federation.message import MessageCodec, fitting_bits
 from fedjax_llm.federation.programs import RoundPrograms
+from fedjax_llm.federation.promises import check_plan, check_sum
 from fedjax_llm.federation.reports import CloudReport, RoundReport
 from fedjax_llm.federation.state import FederationState, init_state
 from fedjax_llm.federation.sums import Plain, SumMode, Threshold
-from fedjax_llm.federation.tables import Participant, client_tables, sampler_of, scaled_weights
+from fedjax_llm.federation.tables import Participant, client_tables, scaled_weights
 from fedjax_llm.lora import Adapter, LoraConfig, init_adapter
 from fedjax_llm.models import Batch, Model, loss
 from fedjax_llm.privacy import PrivacyPlan, poisson_sample
@@ -32,7 +34,6 @@ from fedjax_llm.secure.sums import SecureSum
 from fedjax_llm.training import LocalTraining
 
 PyTree = Any
-OnStage = Callable[[str], None]
 
 
 class Federation:
@@ -84,11 +85,7 @@ class Federation:
         devices: Sequence[jax.Device] | None = None,
     ) -> None:
         check_unique(tuple(participant.cloud for participant in participants))
-        if rule.needs_individual_messages and not isinstance(sum_mode, Plain):
-            raise Refused(
-                f"rule {rule.name!r} has to read each cloud's message, which an encrypted sum "
-                "hides; choose the plain sum or another rule"
-            )
+        check_sum(rule, sum_mode)
         self.model = model
         self.participants = tuple(participants)
         self.lora = lora
@@ -100,7 +97,7 @@ class Federation:
         self._names = tuple(participant.cloud.name for participant in participants)
         self._weights_K = scaled_weights(weights, len(participants))
         self.layout = CohortLayout.over(len(participants), clients_at_once, devices)
-        self._check_plan()
+        check_plan(plan, training, self.participants, self._weights_K)
 
         template = jax.eval_shape(
             lambda key: rule.trainable(init_adapter(model.config, lora, key)), self._seed
@@ -204,77 +201,41 @@ class Federation:
         server = self.layout.replicate(state.server)
         where = (self._seed, jnp.int32(round_number))
 
+        ledger = Ledger.of(self._names)
+        online = [name for name, here in zip(self._names, online_K, strict=True) if here]
         on_stage("train")
         started = time.perf_counter()
-        seconds = {"encrypt": 0.0, "add": 0.0, "decrypt": 0.0}
-        sent = dict.fromkeys(self._names, 0)
-        received = dict.fromkeys(self._names, 0)
         if self._secure_sum is None:
             applied, outputs = jax.block_until_ready(
                 self._programs.round(self._base, server, clients, divisor, *where)
             )
             self._check_finite(outputs, round_number)
-            seconds["train"] = time.perf_counter() - started
-            for name in self._online_names(online_K):
-                sent[name] = 4 * self._codec.size
+            ledger.seconds["train"] = time.perf_counter() - started
+            for name in online:
+                ledger.sent[name] = 4 * self._codec.size
         else:
             outputs = jax.block_until_ready(
                 self._programs.train(self._base, server.adapter, clients, *where)
             )
             self._check_finite(outputs, round_number)
-            seconds["train"] = time.perf_counter() - started
-            total_P = self._sum_on_host(
-                outputs, online_K, round_number, seconds, sent, received, on_stage
+            ledger.seconds["train"] = time.perf_counter() - started
+            ints_KxP = np.asarray(outputs.message.ints_P)
+            total_P = encrypted_sum(
+                self._secure_sum, ints_KxP, self._names, online, round_number, ledger, on_stage
             )
             started = time.perf_counter()
             applied = jax.block_until_ready(
                 self._programs.apply(jnp.asarray(total_P, jnp.int32), divisor, server, *where)
             )
-            seconds["apply"] = time.perf_counter() - started
-        for name in self._online_names(online_K):
-            received[name] += 4 * self._codec.size
+            ledger.seconds["apply"] = time.perf_counter() - started
+        for name in online:
+            ledger.received[name] += 4 * self._codec.size  # the broadcast
         new_state = FederationState(
             jnp.int32(round_number),
             _on_first_device(applied.server),
             jax.tree.map(lambda leaf: leaf[: len(self._names)], outputs.optimizer),
         )
-        report = self._report(
-            round_number, applied.update_norm, outputs, online_K, seconds, sent, received
-        )
-        return new_state, report
-
-    def _check_plan(self) -> None:
-        """Hands the plan what the training code really does; a difference is refused."""
-        private = self._training.privacy
-        plan = self.plan
-        if (plan.unit == "example") != (private is not None):
-            raise Refused(
-                f"the plan's unit is {plan.unit!r} but local training "
-                f"{'clips and noises each example' if private else 'does not clip examples'}"
-            )
-        if private is not None:
-            done = (private.clip_norm, private.noise_multiplier)
-            if done != (plan.clip_norm, plan.noise_multiplier):
-                raise Refused(
-                    f"local training clips and noises with {done}, the plan accounts for "
-                    f"{(plan.clip_norm, plan.noise_multiplier)}"
-                )
-            if any(np.max(p.train.segments_BxT) > 1 for p in self.participants):
-                raise Refused("a row holds several examples; pack nothing with unit 'example'")
-            rows = tuple(participant.rows for participant in self.participants)
-            if rows != plan.units:
-                raise Refused(f"the plan counts {plan.units} examples, the clouds hold {rows}")
-            plan.check_sampler(sampler_of(self.participants, self._training))
-        if plan.unit == "client":
-            if plan.units != (len(self.participants),):
-                raise Refused(
-                    f"the plan accounts for {plan.units} clients, there are "
-                    f"{len(self.participants)}"
-                )
-            if np.any(self._weights_K != 1):
-                raise Refused(
-                    "weights other than uniform depend on the data that unit 'client' hides"
-                )
+        return new_state, self._report(round_number, applied.update_norm, outputs, online, ledger)
 
     def _selected(self, round_number: int) -> np.ndarray:
         """Which clients take part: all, or a Poisson sample when the unit is the client."""
@@ -316,79 +277,41 @@ class Federation:
                     "diverged; lower [training] learning_rate (the last round's state is kept)"
                 )
 
-    def _online_names(self, online_K: np.ndarray) -> list[str]:
-        return [name for name, online in zip(self._names, online_K, strict=True) if online]
-
-    def _sum_on_host(
-        self,
-        outputs: ClientOutputs,
-        online_K: np.ndarray,
-        round_number: int,
-        seconds: dict[str, float],
-        sent: dict[str, int],
-        received: dict[str, int],
-        on_stage: OnStage,
-    ) -> np.ndarray:
-        """Encrypts each cloud's integers, adds the ciphertexts, decrypts the sum.
-
-        Clouds that were not sampled send encrypted zeros: who was is not to be seen.
-        """
-        assert self._secure_sum is not None
-        ints_KxP = np.asarray(outputs.message.ints_P)
-        alive = self._online_names(online_K)
-        on_stage("encrypt")
-        started = time.perf_counter()
-        messages = {
-            name: self._secure_sum.encode_message(
-                name, round_number, ints_KxP[self._names.index(name)].astype(np.int64)
-            )
-            for name in alive
-        }
-        seconds["encrypt"] = time.perf_counter() - started
-        on_stage("decrypt")
-        result = self._secure_sum.sum(messages, round_number, alive)
-        seconds["add"] = result.seconds.get("add", 0.0)
-        seconds["decrypt"] = sum(
-            spent for stage, spent in result.seconds.items() if stage not in ("encrypt", "add")
-        )
-        for name in alive:
-            sent[name] = len(messages[name]) + result.bytes_up.get(name, 0)
-            received[name] = result.bytes_down.get(name, 0)
-        return result.total_P
-
     def _report(
         self,
         round_number: int,
         update_norm: jax.Array,
         outputs: ClientOutputs,
-        online_K: np.ndarray,
-        seconds: dict[str, float],
-        sent: dict[str, int],
-        received: dict[str, int],
+        online: list[str],
+        ledger: Ledger,
     ) -> RoundReport:
         metrics = jax.device_get(outputs.metrics)
         links = {p.cloud.name: p.cloud.link for p in self.participants}
-        alive = self._online_names(online_K)
         rows = {name: int(metrics.rows[k]) for k, name in enumerate(self._names)}
         all_rows = max(sum(rows.values()), 1)
         times = round_seconds(
-            {name: links[name] for name in alive},
-            {name: received[name] for name in alive},
-            {name: seconds["train"] * rows[name] / all_rows for name in alive},
-            {name: sent[name] for name in alive},
+            {name: links[name] for name in online},
+            {name: ledger.received[name] for name in online},
+            {name: ledger.seconds["train"] * rows[name] / all_rows for name in online},
+            {name: ledger.sent[name] for name in online},
         )
         clouds = {}
         for k, name in enumerate(self._names):
             loss_train = float(metrics.loss_sum[k]) / rows[name] if rows[name] else None
             link = times.down[name] + times.up[name] if name in times.down else 0.0
             clouds[name] = CloudReport(
-                bool(online_K[k]), loss_train, rows[name], sent[name], received[name], link
+                name in online,
+                loss_train,
+                rows[name],
+                ledger.sent[name],
+                ledger.received[name],
+                link,
             )
         norms = np.asarray(outputs.message.norm)[: len(self._names)]
         if self._training.privacy is not None:
             clipped = float(metrics.clipped[: len(self._names)].sum()) / all_rows
         else:
-            clipped = float(np.mean((norms * self._weights_K > self._codec.max_norm)[online_K]))
+            clipped = float((norms * self._weights_K > self._codec.max_norm).sum()) / len(online)
         length = self.participants[0].train.tokens_BxT.shape[1]
         return RoundReport(
             round=round_number,
@@ -397,7 +320,7 @@ class Federation:
             update_norm=float(update_norm),
             clipped_fraction=clipped,
             clouds_diverged=int(np.sum(~np.isfinite(norms))),
-            seconds=dict(seconds),
+            seconds=ledger.seconds,
             seconds_virtual=times.seconds,
         )
 

@@ -8,6 +8,7 @@ import pytest
 
 from fedjax_llm.training import (
     OPTIMIZERS,
+    ClientMetrics,
     ClientTable,
     ExamplePrivacy,
     LocalTraining,
@@ -32,17 +33,28 @@ def gradients(w: np.ndarray, x: np.ndarray) -> np.ndarray:
     return (x @ w - 1.0)[:, None] * x
 
 
-def update(training: LocalTraining, rate: float, seed: int = 0) -> tuple[np.ndarray, object]:
+def updates(
+    training: LocalTraining, rate: float, seeds: int = 1
+) -> tuple[np.ndarray, ClientMetrics]:
+    """The parameters and metrics after a client's update, for each of several seeds."""
     x, w = problem()
     params = {"w": jnp.asarray(w)}
     padded = np.concatenate([x, np.full((4, WIDTH), 1e6, np.float32)])
     table = ClientTable(jnp.asarray(padded), jnp.int32(ROWS), jnp.float32(rate))
     state = optimizer_init(training.optimizer, params)
-    sampling, noise = jax.random.split(jax.random.key(seed))
-    after, _, metrics = jax.jit(
-        lambda p, s, t: client_update(row_loss, training, p, s, t, sampling, noise)
-    )(params, state, table)
-    return np.asarray(after["w"]), metrics
+
+    def one(key: jax.Array) -> tuple[jax.Array, ClientMetrics]:
+        sampling, noise = jax.random.split(key)
+        after, _, metrics = client_update(row_loss, training, params, state, table, sampling, noise)
+        return after["w"], metrics
+
+    after, metrics = jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(0), seeds))
+    return np.asarray(after), metrics
+
+
+def update(training: LocalTraining, rate: float) -> tuple[np.ndarray, ClientMetrics]:
+    after, metrics = updates(training, rate)
+    return after[0], jax.tree.map(lambda leaf: leaf[0], metrics)
 
 
 def clipped_steps(steps: int, clip: float, batch: int, rate: float) -> np.ndarray:
@@ -69,12 +81,8 @@ def test_noise_has_the_scale_of_the_plan_and_differs_by_step() -> None:
     privacy = ExamplePrivacy(clip_norm=0.5, noise_multiplier=3.0)
     quiet = ExamplePrivacy(clip_norm=1e-9, noise_multiplier=0.0)
     start, _ = update(LocalTraining(optax.sgd(1.0), 2, 10, 4, quiet), 0.5)
-    draws = np.concatenate(
-        [
-            update(LocalTraining(optax.sgd(1.0), 2, 10, 4, privacy), 1e-6, seed)[0] - start
-            for seed in range(60)
-        ]
-    )
+    noisy, _ = updates(LocalTraining(optax.sgd(1.0), 2, 10, 4, privacy), 1e-6, seeds=60)
+    draws = (noisy - start).ravel()
     expected = 3.0 * 0.5 / 10 * np.sqrt(2)
     assert abs(draws.std() / expected - 1) < 5 / np.sqrt(2 * draws.size)
 
