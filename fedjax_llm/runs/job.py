@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import cast
 
 from fedjax_llm.errors import UserError
+from fedjax_llm.data import Record, prompt_text
 from fedjax_llm.federation import Federation, FederationState, RoundReport
 from fedjax_llm.models import Model, generate
 from fedjax_llm.privacy import PrivacyPlan
@@ -253,15 +254,11 @@ def _sample(
     if prompt is None:
         return None
     on_event(Stage("answer", prompt))
-    tokenizer = base.tokenizer
-    if run_file.training.template == "chat":
-        messages = [{"role": "user", "content": prompt}]
-        if run_file.training.system_prompt:
-            messages.insert(0, {"role": "system", "content": run_file.training.system_prompt})
-        text = tokenizer.render_chat(messages, add_generation_prompt=True)
-    else:
-        text = f"{prompt}\n"
-    ids = tokenizer.encode(text)
+    training, tokenizer = run_file.training, base.tokenizer
+    record = Record(prompt=prompt, answer="")
+    ids = tokenizer.encode(
+        prompt_text(record, tokenizer, training.template, training.system_prompt)
+    )
     before, after = (
         tokenizer.decode(
             generate(base, state.server.adapter, ids, run_file.evaluation.max_new_tokens)
