@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
-from fedjax_llm.errors import UserError
 from fedjax_llm.data import Record, prompt_text
+from fedjax_llm.errors import UserError
 from fedjax_llm.federation import Federation, FederationState, RoundReport
 from fedjax_llm.models import Model, generate
 from fedjax_llm.privacy import PrivacyPlan
