@@ -203,6 +203,8 @@ class Federation:
 
         ledger = Ledger.of(self._names)
         online = [name for name, here in zip(self._names, online_K, strict=True) if here]
+        if self._secure_sum is not None:
+            self._secure_sum.check_alive(online)
         on_stage("train")
         started = time.perf_counter()
         if self._secure_sum is None:

@@ -55,6 +55,9 @@ class SecureSum(Protocol):
     def statement(self) -> str:
         """One line on who can decrypt what; printed when a run starts."""
 
+    def check_alive(self, alive: Sequence[str]) -> None:
+        """Raises BelowThreshold if these clouds could not decrypt; `sum` checks it again."""
+
     def encode_message(self, client: str, round_number: int, ints_P: NDArray[np.integer]) -> bytes:
         """What leaves the client.
 

@@ -160,6 +160,16 @@ class ThresholdSum:
             "simulated: one process plays all parties"
         )
 
+    def check_alive(self, alive: Sequence[str]) -> None:
+        """Refuses, before anybody has worked for it, a sum that could not be decrypted."""
+        missing = [name for name in self.group.clouds if name not in alive]
+        living = len(self.group.clouds) - len(missing)
+        if living < self.group.threshold:
+            raise BelowThreshold(
+                f"decryption needs {self.group.threshold} of {len(self.group.clouds)} clouds, "
+                f"{living} alive, missing {', '.join(missing)}; start one of them again"
+            )
+
     def encode_message(self, client: str, round_number: int, ints_P: NDArray[np.integer]) -> bytes:
         """The encrypted upload; see ``client_message``. Two calls give different bytes."""
         start = time.perf_counter()
@@ -187,13 +197,8 @@ class ThresholdSum:
             round_number: larger than that of any sum before.
             alive: the clouds that can decrypt now; must hold t of the group.
         """
+        self.check_alive(alive)
         living = [name for name in self.group.clouds if name in alive]
-        if len(living) < self.group.threshold:
-            missing = [name for name in self.group.clouds if name not in alive]
-            raise BelowThreshold(
-                f"decryption needs {self.group.threshold} of {len(self.group.clouds)} clouds, "
-                f"{len(living)} alive, missing {', '.join(missing)}; start one of them again"
-            )
         checked_clients(list(messages), self.minimum_clients, self.parameters.summands)
         start = time.perf_counter()
         server = Aggregator(self.bfv, self.key.epoch, round_number, self.count)

@@ -95,8 +95,10 @@ def test_too_few_clouds_online_is_refused_and_changes_nothing(
     clouds = make_participants(south=frozenset({1}), west=frozenset({1}))
     federation = federate(participants=clouds, sum_mode=Threshold(2))
     state = federation.init()
+    stages: list[str] = []
     with pytest.raises(Refused, match="needs 2 of 3"):
-        federation.run_round(state)
+        federation.run_round(state, on_stage=stages.append)
+    assert stages == []  # nobody trained in vain
     assert same_bytes(state, federation.init())
 
 
