@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of reference data beside the project."""
-    folder = Path(os.environ.get("FEDJAX_LLM_SHARED", ROOT.parent / "shared"))
+    folder = Path(os.environ.get("FEDJAX_LLM_SHARED", ROOT.parent / "shared")).resolve()
     if not folder.is_dir():
         pytest.skip("needs the reference data in ../shared (or FEDJAX_LLM_SHARED)")
     return folder
