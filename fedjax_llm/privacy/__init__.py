@@ -6,9 +6,9 @@ from .clipping import ClipStats as ClipStats
 from .clipping import clip as clip
 from .clipping import clipped_grad_sum as clipped_grad_sum
 from .clipping import poisson_clipped_grad_sum as poisson_clipped_grad_sum
+from .epsilon import EpsilonReport as EpsilonReport
+from .epsilon import EpsilonRow as EpsilonRow
 from .noise import gaussian_noise_like as gaussian_noise_like
-from .plan import EpsilonReport as EpsilonReport
-from .plan import EpsilonRow as EpsilonRow
 from .plan import PrivacyPlan as PrivacyPlan
 from .sampler import SamplerSpec as SamplerSpec
 from .sampling import float32_rate as float32_rate
