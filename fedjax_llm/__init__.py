@@ -15,9 +15,13 @@ if TYPE_CHECKING:
     from fedjax_llm.data import load_corpus as load_corpus
     from fedjax_llm.errors import Refused as Refused
     from fedjax_llm.errors import UserError as UserError
+    from fedjax_llm.federation import Bfv as Bfv
+    from fedjax_llm.federation import Ckks as Ckks
     from fedjax_llm.federation import Federation as Federation
+    from fedjax_llm.federation import Masked as Masked
     from fedjax_llm.federation import Participant as Participant
     from fedjax_llm.federation import Plain as Plain
+    from fedjax_llm.federation import Selective as Selective
     from fedjax_llm.federation import Threshold as Threshold
     from fedjax_llm.lora import LoraConfig as LoraConfig
     from fedjax_llm.models import generate as generate
@@ -28,6 +32,8 @@ if TYPE_CHECKING:
     from fedjax_llm.training import LocalTraining as LocalTraining
 
 _HOMES = {
+    "Bfv": "federation",
+    "Ckks": "federation",
     "Cloud": "clouds",
     "CorpusSpec": "data",
     "ExamplePrivacy": "training",
@@ -35,10 +41,12 @@ _HOMES = {
     "Link": "clouds",
     "LocalTraining": "training",
     "LoraConfig": "lora",
+    "Masked": "federation",
     "Participant": "federation",
     "Plain": "federation",
     "PrivacyPlan": "privacy",
     "Refused": "errors",
+    "Selective": "federation",
     "Threshold": "federation",
     "UserError": "errors",
     "factor_averaging": "aggregation",

@@ -8,20 +8,28 @@ from fedjax_llm.federation.reports import CloudReport as CloudReport
 from fedjax_llm.federation.reports import RoundReport as RoundReport
 from fedjax_llm.federation.state import FederationState as FederationState
 from fedjax_llm.federation.state import init_state as init_state
+from fedjax_llm.federation.sums import Bfv as Bfv
+from fedjax_llm.federation.sums import Ckks as Ckks
+from fedjax_llm.federation.sums import Masked as Masked
 from fedjax_llm.federation.sums import Plain as Plain
+from fedjax_llm.federation.sums import Selective as Selective
 from fedjax_llm.federation.sums import SumMode as SumMode
 from fedjax_llm.federation.sums import Threshold as Threshold
 from fedjax_llm.federation.tables import Participant as Participant
 
 __all__ = [
+    "Bfv",
+    "Ckks",
     "CloudReport",
     "CohortLayout",
     "Federation",
     "FederationState",
+    "Masked",
     "Participant",
     "Plain",
     "Purpose",
     "RoundReport",
+    "Selective",
     "SumMode",
     "Threshold",
     "init_state",

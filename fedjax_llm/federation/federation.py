@@ -21,16 +21,17 @@ from fedjax_llm.federation.evaluation import HeldOut
 from fedjax_llm.federation.exchange import Ledger, OnStage, encrypted_sum
 from fedjax_llm.federation.keys import Purpose, key_for, seed_key
 from fedjax_llm.federation.message import MessageCodec, fitting_bits
+from fedjax_llm.federation.objective import row_loss
 from fedjax_llm.federation.programs import RoundPrograms
-from fedjax_llm.federation.promises import check_plan, check_sum
+from fedjax_llm.federation.promises import check_plan, check_selective, check_sum
 from fedjax_llm.federation.reports import CloudReport, RoundReport
 from fedjax_llm.federation.state import FederationState, init_state
-from fedjax_llm.federation.sums import Plain, SumMode, Threshold
+from fedjax_llm.federation.sums import Plain, Selective, SumMode
 from fedjax_llm.federation.tables import Participant, client_tables, scaled_weights
-from fedjax_llm.lora import Adapter, LoraConfig, init_adapter
-from fedjax_llm.models import Batch, Model, loss
+from fedjax_llm.lora import LoraConfig, init_adapter
+from fedjax_llm.models import Model, loss
 from fedjax_llm.privacy import PrivacyPlan, poisson_sample
-from fedjax_llm.secure.sums import SecureSum
+from fedjax_llm.secure.sums import SecureSum, checked_clients
 from fedjax_llm.training import LocalTraining
 
 PyTree = Any
@@ -61,7 +62,8 @@ class Federation:
     Raises:
         UserError: no clouds, two of one name, bits or weights that do not fit.
         Refused: what is done and what the plan accounts for differ; a rule that must see single
-            messages under a sum that hides them.
+            messages under a sum that hides them; selective encryption without noise in every
+            cloud; a threshold that hides nothing.
     """
 
     def __init__(
@@ -98,6 +100,7 @@ class Federation:
         self._weights_K = scaled_weights(weights, len(participants))
         self.layout = CohortLayout.over(len(participants), clients_at_once, devices)
         check_plan(plan, training, self.participants, self._weights_K)
+        check_selective(plan, sum_mode)
 
         template = jax.eval_shape(
             lambda key: rule.trainable(init_adapter(model.config, lora, key)), self._seed
@@ -113,7 +116,7 @@ class Federation:
             training,
             rule,
             self._codec,
-            lambda base, adapter, row: _row_loss(model, base, adapter, row, dtype, remat),
+            lambda base, adapter, row: row_loss(model, base, adapter, row, dtype, remat),
             plan.noise_stddev if plan.unit == "client" else 0.0,
         )
         self._base = self.layout.replicate(model.base)
@@ -125,7 +128,7 @@ class Federation:
             evaluation_microbatch,
         )
         self._secure_sum: SecureSum | None = None
-        if isinstance(sum_mode, Threshold):
+        if not isinstance(sum_mode, Plain):
             self._secure_sum = sum_mode.open(self._names, self._codec.size, self._codec.fixed_point)
 
     @property
@@ -142,7 +145,21 @@ class Federation:
         """Who can decrypt what; a run prints it before it starts."""
         if self._secure_sum is None:
             return Plain().statement()
-        return self._secure_sum.statement()
+        words = self._secure_sum.statement()
+        if isinstance(self.sum_mode, Selective):
+            words += (
+                ". Each cloud adds the whole noise itself, so that the epsilon per example holds "
+                "for what it sends in the clear as well; it hides one example, not what a cloud's "
+                "examples have in common, which the clear part shows for each cloud by itself"
+            )
+        return words
+
+    @property
+    def encrypted_fraction(self) -> float:
+        """Parameters that leave a cloud encrypted or masked, over all that it sends."""
+        if isinstance(self.sum_mode, Selective):
+            return self.sum_mode.selection.fraction
+        return 0.0 if self._secure_sum is None else 1.0
 
     def init(self) -> FederationState:
         """Returns the state before the first round."""
@@ -205,6 +222,8 @@ class Federation:
         online = [name for name, here in zip(self._names, online_K, strict=True) if here]
         if self._secure_sum is not None:
             self._secure_sum.check_alive(online)
+            # The sum refuses too few as well, but only once everybody has trained in vain.
+            checked_clients(online, self._secure_sum.minimum_clients, self._secure_sum.summands)
         on_stage("train")
         started = time.perf_counter()
         if self._secure_sum is None:
@@ -221,9 +240,14 @@ class Federation:
             )
             self._check_finite(outputs, round_number)
             ledger.seconds["train"] = time.perf_counter() - started
-            ints_KxP = np.asarray(outputs.message.ints_P)
             total_P = encrypted_sum(
-                self._secure_sum, ints_KxP, self._names, online, round_number, ledger, on_stage
+                self._secure_sum,
+                outputs.message.ints_P,
+                self._names,
+                online,
+                round_number,
+                ledger,
+                on_stage,
             )
             started = time.perf_counter()
             applied = jax.block_until_ready(
@@ -325,20 +349,6 @@ class Federation:
             seconds=ledger.seconds,
             seconds_virtual=times.seconds,
         )
-
-
-def _row_loss(
-    model: Model,
-    base: PyTree,
-    adapter: Adapter,
-    row: Batch,
-    dtype: jax.typing.DTypeLike,
-    remat: bool,
-) -> jax.Array:
-    """Mean loss of one row in nats per answer token; 0 for a row without answer tokens."""
-    batch = jax.tree.map(lambda leaf_T: leaf_T[None], row)
-    nll_1, tokens_1 = loss(model.config, base, adapter, batch, dtype=dtype, remat=remat)
-    return nll_1[0] / jnp.maximum(tokens_1[0], 1).astype(jnp.float32)
 
 
 def _on_first_device(tree: PyTree) -> PyTree:

@@ -21,7 +21,7 @@ PyTree = Any
 
 # Integers of a sum stay within int32, so that they are exact on every accelerator.
 _SUM_BITS = 31
-# Two coordinates share a slot of the encrypted sum as long as a sum takes no more than this.
+# Two coordinates share a slot of mode `bfv` as long as a sum takes no more than this.
 _PAIRED_SUM_BITS = 25
 _COARSEST_DEFAULT = 16
 
@@ -86,8 +86,8 @@ class MessageCodec:
 def fitting_bits(bits: int | None, clients: int) -> int:
     """Returns the bits of one coordinate such that a sum over all clients fits its place.
 
-    Without a wish, as many as let two coordinates share a slot of the encrypted sum, the same
-    for every kind of sum, but at least 16.
+    Without a wish, as many as let two coordinates share a slot of mode `bfv`, but at least 16; the
+    same for every kind of sum, so that all end in the same bytes. Fewer bits make smaller uploads.
 
     Raises:
         UserError: with `bits` as wished, a sum could exceed 32 bits.

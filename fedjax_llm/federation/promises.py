@@ -6,7 +6,7 @@ import numpy as np
 
 from fedjax_llm.aggregation import AggregationRule
 from fedjax_llm.errors import Refused
-from fedjax_llm.federation.sums import Plain, SumMode
+from fedjax_llm.federation.sums import Plain, Selective, SumMode
 from fedjax_llm.federation.tables import Participant, sampler_of
 from fedjax_llm.privacy import PrivacyPlan
 from fedjax_llm.training import LocalTraining
@@ -18,6 +18,51 @@ def check_sum(rule: AggregationRule, sum_mode: SumMode) -> None:
         raise Refused(
             f"rule {rule.name!r} has to read each cloud's message, which an encrypted sum hides; "
             "choose the plain sum or another rule"
+        )
+
+
+def check_selective(plan: PrivacyPlan, sum_mode: SumMode) -> None:
+    """Refuses parameters in the clear that their own cloud has not noised.
+
+    Formal guarantee: for the federations that pass, all that a cloud sends in the clear, in all
+    rounds, satisfies the plan's (epsilon, delta) for adding or removing one example of that cloud,
+    against whoever reads it, the server included. For with unit `example` every local step of
+    every cloud is a Gaussian mechanism by itself: noise of standard deviation
+    noise multiplier x clip norm on that cloud's sum alone, not a share of a common noise
+    (`training.local`). The plan composes these steps for each cloud at its own sampling rate and
+    takes no credit for the addition over clouds. Optimiser, weight, shortening, rounding and the
+    choice of coordinates follow from noised sums and public numbers. A part of a private message
+    is private.
+
+    What changes with the clear part is the observer: the server reads these coordinates of every
+    cloud alone, with one cloud's noise instead of all clouds' noise, and without the protection
+    that encryption gives to what no epsilon covers: what the examples of a cloud have in common.
+
+    | plan | result |
+    |---|---|
+    | unit `example` with a certified epsilon | passes |
+    | unit `example`, noise too small to be accounted for | Refused |
+    | unit `client`: its noise is added after the sum | Refused |
+    | unit `none` | Refused |
+    """
+    if not isinstance(sum_mode, Selective):
+        return
+    if plan.unit != "example":
+        why = (
+            "the noise of unit client is added after the sum"
+            if plan.unit == "client"
+            else "no noise is added"
+        )
+        raise Refused(
+            f"selective encryption needs privacy unit 'example', got {plan.unit!r}: {why}, and "
+            "the server would read the exact values of what stays in the clear; encrypt "
+            "everything, or use unit example"
+        )
+    report = plan.report()
+    if report.epsilon is None:
+        raise Refused(
+            f"selective encryption needs noise that certifies an epsilon: {report.reason}; raise "
+            "the noise multiplier or encrypt everything"
         )
 
 

@@ -1,9 +1,12 @@
 """Which sum a federation uses. Training never knows; only the road between the clouds differs."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fedjax_llm.errors import UserError
 from fedjax_llm.secure.fixed_point import FixedPoint
+from fedjax_llm.secure.selective import Selection, SelectiveSum
 from fedjax_llm.secure.sums import SecureSum
 
 
@@ -17,26 +20,148 @@ class Plain:
 
 
 @dataclass(frozen=True)
-class Threshold:
-    """The messages leave the clouds encrypted; `threshold` of them together decrypt the sum only.
+class _Hidden(ABC):
+    """What all sums share that hide the single message.
 
     Attributes:
-        threshold: clouds that must take part in a decryption; at least two.
+        threshold: parties that have to take part in opening a sum, at least two; more than half of
+            them if None.
+        minimum_clients: fewest clouds whose sum is opened, at least two.
     """
 
-    threshold: int
+    threshold: int | None = None
+    minimum_clients: int = 2
 
     def open(self, clouds: Sequence[str], size: int, fixed_point: FixedPoint) -> SecureSum:
-        """Runs the key ceremony among `clouds` for messages of `size` integers."""
-        from fedjax_llm.secure.threshold import ThresholdSum
+        """Sets keys up among `clouds` for messages of `size` integers.
 
-        return ThresholdSum(
-            tuple(clouds),
-            threshold=self.threshold,
+        Raises:
+            UserError, Refused: a threshold or minimum that does not fit the number of clouds.
+        """
+        threshold = majority(len(clouds)) if self.threshold is None else self.threshold
+        return self._open(tuple(clouds), threshold, size, fixed_point)
+
+    @abstractmethod
+    def _open(
+        self, clouds: tuple[str, ...], threshold: int, size: int, fixed_point: FixedPoint
+    ) -> SecureSum: ...
+
+
+@dataclass(frozen=True)
+class Masked(_Hidden):
+    """Every two clouds share a mask that cancels in the sum; `threshold` of them mend a dropout.
+
+    The masks need no decryption, so that this suits many small clients. The threshold counts
+    clients, and more than half of them have to be asked for.
+    """
+
+    def _open(
+        self, clouds: tuple[str, ...], threshold: int, size: int, fixed_point: FixedPoint
+    ) -> SecureSum:
+        from fedjax_llm.secure.masked import MaskedSum
+
+        return MaskedSum(
+            clouds,
             count=size,
             max_abs=fixed_point.max_int,
             summands=len(clouds),
+            threshold=threshold,
+            minimum_clients=self.minimum_clients,
         )
 
 
-SumMode = Plain | Threshold
+@dataclass(frozen=True)
+class Threshold(_Hidden):
+    """The messages leave the clouds encrypted; `threshold` of them together decrypt the sum only.
+
+    The fast one: bulk encryption on the device, OpenFHE for its keys.
+    """
+
+    def _open(
+        self, clouds: tuple[str, ...], threshold: int, size: int, fixed_point: FixedPoint
+    ) -> SecureSum:
+        from fedjax_llm.secure.threshold import ThresholdSum
+
+        return ThresholdSum(
+            clouds,
+            threshold,
+            count=size,
+            max_abs=fixed_point.max_int,
+            summands=len(clouds),
+            minimum_clients=self.minimum_clients,
+        )
+
+
+@dataclass(frozen=True)
+class Bfv(_Hidden):
+    """As `Threshold`, with OpenFHE's exact scheme for all of the message."""
+
+    def _open(
+        self, clouds: tuple[str, ...], threshold: int, size: int, fixed_point: FixedPoint
+    ) -> SecureSum:
+        from fedjax_llm.secure.library_sum import BfvSum
+
+        return BfvSum(
+            clouds,
+            threshold,
+            count=size,
+            max_abs=fixed_point.max_int,
+            summands=len(clouds),
+            minimum_clients=self.minimum_clients,
+        )
+
+
+@dataclass(frozen=True)
+class Ckks(_Hidden):
+    """As `Bfv`, with OpenFHE's approximate scheme; its statement gives error and caveat."""
+
+    def _open(
+        self, clouds: tuple[str, ...], threshold: int, size: int, fixed_point: FixedPoint
+    ) -> SecureSum:
+        from fedjax_llm.secure.library_sum import CkksSum
+
+        return CkksSum(
+            clouds,
+            threshold,
+            count=size,
+            max_abs=fixed_point.max_int,
+            summands=len(clouds),
+            minimum_clients=self.minimum_clients,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Selective:
+    """A part of each message is summed by `hidden`, the rest travels in the clear.
+
+    A federation takes it only together with example-level noise, see `promises.check_selective`.
+
+    Attributes:
+        hidden: the sum of the selected part.
+        selection: which coordinates of a message are the selected part.
+    """
+
+    hidden: Masked | Threshold | Bfv | Ckks
+    selection: Selection
+
+    def open(self, clouds: Sequence[str], size: int, fixed_point: FixedPoint) -> SecureSum:
+        """As `hidden.open`, for the selected part of `size` integers."""
+        if self.selection.mask_P.size != size:
+            raise UserError(
+                f"the selection is for {self.selection.mask_P.size} parameters, a message has "
+                f"{size}; select among the blocks of this model, adapter and rule"
+            )
+        hidden = self.hidden.open(clouds, self.selection.encrypted, fixed_point)
+        return SelectiveSum(hidden, self.selection)
+
+
+SumMode = Plain | Masked | Threshold | Bfv | Ckks | Selective
+
+
+def majority(parties: int) -> int:
+    """More than half: two groups of so many share a party, which answers for one sum only.
+
+    >>> majority(2), majority(3), majority(8)
+    (2, 2, 5)
+    """
+    return parties // 2 + 1

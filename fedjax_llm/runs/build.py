@@ -8,12 +8,23 @@ from fedjax_llm.aggregation import RULES, AggregationRule
 from fedjax_llm.clouds import Cloud, Link
 from fedjax_llm.data import Corpus, CorpusSpec, Mapping, load_corpus
 from fedjax_llm.errors import UserError
-from fedjax_llm.federation import Federation, Participant, Plain, Threshold
+from fedjax_llm.federation import (
+    Bfv,
+    Ckks,
+    Federation,
+    Masked,
+    Participant,
+    Plain,
+    Selective,
+    SumMode,
+    Threshold,
+)
 from fedjax_llm.lora import LoraConfig
 from fedjax_llm.models import Model, load_model
 from fedjax_llm.privacy import PrivacyPlan
 from fedjax_llm.runs.events import Note, OnEvent, Stage
 from fedjax_llm.runs.runfile import MappingSection, RunFile
+from fedjax_llm.runs.selection import selection
 from fedjax_llm.training import OPTIMIZERS, ExamplePrivacy, LocalTraining
 
 
@@ -127,6 +138,28 @@ def lora(run_file: RunFile) -> LoraConfig:
     return LoraConfig(section.rank, section.alpha, tuple(section.targets))
 
 
+_HIDDEN: dict[str, type[Masked | Threshold | Bfv | Ckks]] = {
+    "masked": Masked,
+    "threshold": Threshold,
+    "bfv": Bfv,
+    "ckks": Ckks,
+}
+
+
+def sum_mode(run_file: RunFile, base: Model) -> SumMode:
+    """How updates are summed; measures a sensitivity map if the run file asks for one."""
+    section = run_file.secure
+    if section.sum == "plain":
+        return Plain()
+    hidden = _HIDDEN[section.sum](section.threshold, section.minimum_clients or 2)
+    selective = section.selective
+    if selective is None:
+        return hidden
+    mapping = _mapping(selective.mapping)
+    chosen = selection(run_file, selective, base, lora(run_file), rule(run_file), mapping)
+    return Selective(hidden, chosen)
+
+
 def federation(run_file: RunFile, base: Model, data: list[Corpus]) -> Federation:
     """Builds the federation; runs the key ceremony when the sum is encrypted."""
     training, secure = run_file.training, run_file.secure
@@ -147,7 +180,7 @@ def federation(run_file: RunFile, base: Model, data: list[Corpus]) -> Federation
         training=local_training(run_file),
         rule=rule(run_file),
         plan=plan(run_file, examples),
-        sum_mode=Plain() if secure.sum == "plain" else Threshold(secure.threshold),
+        sum_mode=sum_mode(run_file, base),
         update_bound=secure.update_bound,
         value_bits=secure.bits,
         weights=examples if run_file.aggregation.weights == "examples" else None,

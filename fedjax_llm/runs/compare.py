@@ -35,6 +35,7 @@ def table(paths: Sequence[Path]) -> list[tuple[str, list[str]]]:
         ("epsilon", [text.epsilon_text(run.epsilon, run.epsilon_reason) for run in results]),
         ("sent to the server", [text.bytes_text(result.uplink_bytes) for result in results]),
         ("sent back", [text.bytes_text(result.downlink_bytes) for result in results]),
+        ("encryption, of the rounds", [_secure_share(result) for result in results]),
         ("time", [text.seconds_text(result.seconds_total) for result in results]),
     ]
     return rows + differing(settings)
@@ -66,6 +67,10 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             keys[f"{prefix}{key}"] = value
     return keys
+
+
+def _secure_share(result: summary.Summary) -> str:
+    return text.share_text(result.secure_share) if result.secure_share else "–"
 
 
 def _loss(result: summary.Summary, name: str) -> str:

@@ -8,7 +8,8 @@ is not continued.
 Left out is what a user may change between two processes: `rounds`, `[evaluation]`, `[checkpoint]`,
 links, the rounds in which a cloud is offline, and what fits the work into memory (`microbatch`,
 `remat`, `clients_at_once`; these move results by rounding). Paths are left out too: it is the
-content that counts, and a folder may have been moved.
+content that counts, and a folder may have been moved. What a selective encryption encrypts moves
+no result; a change between two processes would uncover more than either says, and is refused.
 """
 
 import hashlib
@@ -24,6 +25,7 @@ from fedjax_llm.data import Corpus
 from fedjax_llm.errors import UserError
 from fedjax_llm.models import Model
 from fedjax_llm.runs.runfile import RunFile
+from fedjax_llm.runs.runfile_types import BUILTIN_PREFIX
 
 PyTree = Any
 # From the words for a part of a run to the sha256 of what it was, hexadecimal.
@@ -47,6 +49,8 @@ def of(run_file: RunFile, base: Model, corpora: Sequence[Corpus]) -> Fingerprint
     for name in _SECTIONS:
         settings = getattr(run_file, name).model_dump(mode="json")
         kept = {key: value for key, value in settings.items() if key not in _MEMORY}
+        if kept.get("selective") is not None:
+            kept["selective"] = _selective(kept["selective"])
         found[f"section [{name}]"] = _text(kept)
     found["model"] = _text([repr(base.config), _arrays(base.base)])
     found["tokenizer"] = base.tokenizer.sha256
@@ -72,6 +76,31 @@ def check(saved: Mapping[str, str], now: Mapping[str, str], folder: Path) -> Non
                 f"{folder}: the {part} at hand is not what its rounds ran with; "
                 "restore it, or start a new run"
             )
+
+
+def _selective(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings with the content of files in place of their paths."""
+    kept = dict(settings)
+    if kept["map"] is not None:
+        kept["map"] = _file(Path(kept["map"]))
+    if kept["measure_on"] is not None:
+        kept["measure_on"] = [
+            source if source.startswith(BUILTIN_PREFIX) else _file(Path(source))
+            for source in kept["measure_on"]
+        ]
+    return kept
+
+
+def _file(path: Path) -> str:
+    """The content of a file, or of a folder's files with their names."""
+    files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            content = hashlib.file_digest(stream, "sha256").hexdigest()
+        name = str(file.relative_to(path)) if path.is_dir() else ""
+        digest.update(f"{name} {content}\n".encode())
+    return digest.hexdigest()
 
 
 def _text(value: Any) -> str:

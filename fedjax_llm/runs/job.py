@@ -51,7 +51,7 @@ def run(run_file: RunFile, folder: RunFolder, *, on_event: OnEvent = ignore) -> 
     base = build.model(run_file, on_event)
     corpora = build.corpora(run_file, base, on_event)
     identity = fingerprint.of(run_file, base, corpora)
-    on_event(Stage("keys" if run_file.secure.sum == "threshold" else "sum"))
+    on_event(Stage("sum" if run_file.secure.sum == "plain" else "keys"))
     federation = build.federation(run_file, base, corpora)
     plan = federation.plan
     on_event(Note(federation.statement()))
@@ -97,6 +97,7 @@ def run(run_file: RunFile, folder: RunFolder, *, on_event: OnEvent = ignore) -> 
         secure_statement=federation.statement(),
         sample=_sample(run_file, base, initial, state, on_event),
         parameters_trained=federation.parameters,
+        encrypted_fraction=federation.encrypted_fraction,
         versions=machine.versions(),
         machine=machine.machine(),
     )

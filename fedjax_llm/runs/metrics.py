@@ -63,8 +63,11 @@ class RoundRecord(TypedDict, total=False):
 # Fields that read a clock and are not recognised by their prefix.
 CLOCK_FIELDS = frozenset({"tokens_per_second"})
 
+# Those that a secure sum takes: making uploads, adding them, opening the sum.
+SECURE_STAGES = ("encrypt", "add", "decrypt")
+
 # Stages of a round that take real time, in the order in which they happen.
-STAGES = ("train", "encrypt", "add", "decrypt", "evaluate", "checkpoint")
+STAGES = ("train", *SECURE_STAGES, "evaluate", "checkpoint")
 
 
 def without_clock(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -149,6 +149,12 @@ def print_summary(summary: Summary, path: Path) -> None:
         if seconds > 0
     ]
     lines.append(f"time     {text.seconds_text(summary.seconds_total)}: {', '.join(spent)}")
+    if summary.secure_share:
+        share = text.share_text(summary.secure_share)
+        lines.append(f"sum      encryption, addition and decryption are {share} of the rounds")
+    if summary.encrypted_fraction is not None and 0 < summary.encrypted_fraction < 1:
+        share = text.share_text(summary.encrypted_fraction)
+        lines.append(f"         {share} of the parameters are encrypted, the rest is in the clear")
     if summary.sample is not None:
         sample = summary.sample
         lines += ["", f"asked    {sample.prompt}", f"before   {' '.join(sample.before.split())}"]

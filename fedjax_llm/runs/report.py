@@ -61,7 +61,10 @@ def render(folder: RunFolder) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        bytes=text.bytes_text, seconds=text.seconds_text, loss=text.loss_text
+        bytes=text.bytes_text,
+        seconds=text.seconds_text,
+        loss=text.loss_text,
+        share=text.share_text,
     )
     return environment.get_template("report.html.j2").render(
         finished=result is not None,

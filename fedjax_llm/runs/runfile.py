@@ -10,31 +10,27 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from fedjax_llm.errors import Refused, UserError
 from fedjax_llm.runs import toml_errors
 from fedjax_llm.runs.runfile_errors import Where, explained, problem, syntax_error
 from fedjax_llm.runs.runfile_overrides import apply_override
-
-BUILTIN_PREFIX = "builtin:"
-BUILTIN_CORPORA = ("medical", "finance", "general")
-
-Count = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
-# TOML has lists, frozen objects hold tuples: the container is converted, its elements stay strict.
-Text = Annotated[str, Field(min_length=1)]
-Texts = Annotated[tuple[Text, ...], Field(strict=False, min_length=1)]
-Optimizer = Literal["sgd", "momentum", "nesterov", "adam", "adamw"]
-
-
-class Section(BaseModel):
-    """A table of the run file: unknown keys are errors, types are exact, objects are frozen."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True
-    )
+from fedjax_llm.runs.runfile_secure import SecureSection as SecureSection
+from fedjax_llm.runs.runfile_secure import SelectiveSection as SelectiveSection
+from fedjax_llm.runs.runfile_secure import check_secure, private_source
+from fedjax_llm.runs.runfile_types import (
+    BUILTIN_PREFIX,
+    Count,
+    NotNegative,
+    Optimizer,
+    Positive,
+    Section,
+    Text,
+    Texts,
+    check_sources,
+)
+from fedjax_llm.runs.runfile_types import MappingSection as MappingSection
 
 
 class ModelSection(Section):
@@ -102,19 +98,6 @@ class PrivacySection(Section):
     client_rate: Annotated[float, Field(gt=0, le=1)] = 1.0
 
 
-class SecureSection(Section):
-    """[secure]: how the updates are summed.
-
-    `update_bound` is the largest l2 norm of one client's update; larger ones are clipped to it,
-    which proves that the fixed-point sum cannot overflow. `bits` left out lets the run choose.
-    """
-
-    sum: Literal["plain", "threshold"] = "plain"
-    threshold: Count = 2
-    bits: Annotated[int, Field(ge=8, le=24)] | None = None
-    update_bound: Positive = 1.0
-
-
 class EvaluationSection(Section):
     """[evaluation]: held-out loss every `every_rounds`, and one sample answer before and after."""
 
@@ -139,17 +122,6 @@ class Link(Section):
     latency_ms: NotNegative = 20.0
 
 
-class MappingSection(Section):
-    """Column names (or `"{column} text"` templates) from a cloud's schema to the record."""
-
-    prompt: str = Field(min_length=1)
-    answer: str = Field(min_length=1)
-    context: str | None = None
-    label: str | None = None
-    group: str | None = None
-    labels: dict[str, str] | None = None
-
-
 class DataSection(Section):
     """A cloud's data: files or folders (or `builtin:NAME`), how many rows, how much is held out."""
 
@@ -160,19 +132,7 @@ class DataSection(Section):
 
     @model_validator(mode="after")
     def _sources(self) -> Self:
-        for index, source in enumerate(self.sources):
-            if not source.startswith(BUILTIN_PREFIX):
-                if self.mapping is None:
-                    raise problem(
-                        (),
-                        "needs a mapping from columns to prompt and answer, "
-                        'as mapping = {prompt = "question", answer = "answer"}',
-                    )
-                continue
-            name = source.removeprefix(BUILTIN_PREFIX)
-            if name not in BUILTIN_CORPORA:
-                valid = ", ".join(BUILTIN_PREFIX + corpus for corpus in BUILTIN_CORPORA)
-                raise problem(("sources", index), f"must be a file, a folder or one of {valid}")
+        check_sources(("sources",), self.sources, self.mapping)
         return self
 
 
@@ -210,8 +170,8 @@ class RunFile(Section):
         for index, name in enumerate(names):
             if name in names[:index]:
                 raise problem(("clouds", index, "name"), "must be unique among the clouds")
-        if self.secure.sum == "threshold":
-            self._check_threshold(len(names))
+        privacy = self.privacy
+        check_secure(self.secure, len(names), privacy.unit, privacy.noise_multiplier)
         if self.privacy.unit != "none" and self.privacy.sampling == "fixed":
             raise problem(
                 ("privacy", "sampling"),
@@ -226,24 +186,6 @@ class RunFile(Section):
                 'use sampling = "poisson"',
             )
         return self
-
-    def _check_threshold(self, clouds: int) -> None:
-        threshold = self.secure.threshold
-        if clouds < 2:
-            raise problem(
-                ("secure", "sum"), f"needs at least 2 clouds to share the key, the run has {clouds}"
-            )
-        if threshold == 1:
-            raise problem(
-                ("secure", "threshold"),
-                f"must be between 2 and {clouds}: with 1, every cloud could decrypt alone",
-                refused=True,
-            )
-        if threshold > clouds:
-            raise problem(
-                ("secure", "threshold"),
-                f"must be between 2 and {clouds}, the number of clouds",
-            )
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunFile:
@@ -318,17 +260,38 @@ def _with_absolute_paths(
             raise UserError(f"{where(key)}: {name}: there is no {absolute}")
         return str(absolute)
 
+    def absolute(sources: tuple[str, ...], key: toml_errors.Path) -> tuple[str, ...]:
+        return tuple(
+            source if source.startswith(BUILTIN_PREFIX) else existing(source, (*key, position))
+            for position, source in enumerate(sources)
+        )
+
     model = run_file.model
     if model.path is not None:
         model = model.model_copy(update={"path": existing(model.path, ("model", "path"))})
     clouds = []
     for index, cloud in enumerate(run_file.clouds):
-        sources = tuple(
-            source
-            if source.startswith(BUILTIN_PREFIX)
-            else existing(source, ("clouds", index, "data", "sources", position))
-            for position, source in enumerate(cloud.data.sources)
-        )
+        sources = absolute(cloud.data.sources, ("clouds", index, "data", "sources"))
         data_section = cloud.data.model_copy(update={"sources": sources})
         clouds.append(cloud.model_copy(update={"data": data_section}))
-    return run_file.model_copy(update={"model": model, "clouds": tuple(clouds)})
+    secure = run_file.secure
+    selective = secure.selective
+    if selective is not None:
+        key = ("secure", "selective")
+        if selective.map is not None:
+            changed: dict[str, Any] = {"map": existing(selective.map, (*key, "map"))}
+        else:
+            public = selective.measure_on
+            changed = {"measure_on": public and absolute(public, (*key, "measure_on"))}
+        selective = selective.model_copy(update=changed)
+        secure = secure.model_copy(update={"selective": selective})
+        private = {cloud.name: cloud.data.sources for cloud in clouds}
+        if (found := private_source(selective, private)) is not None:
+            index, name = found
+            place = (*key, "measure_on", index)
+            raise Refused(
+                f"{where(place)}: {toml_errors.key_name(place, data)} must be public text, and "
+                f"cloud {toml_errors.shown(name)} trains on it: a map from private data betrays it"
+            )
+    update = {"model": model, "secure": secure, "clouds": tuple(clouds)}
+    return run_file.model_copy(update=update)

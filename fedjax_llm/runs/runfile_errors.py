@@ -34,16 +34,19 @@ class Where:
         return str(self.path)
 
 
-def problem(path: toml_errors.Path, text: str, refused: bool = False) -> PydanticCustomError:
+def problem(
+    path: toml_errors.Path, text: str, refused: bool = False, got: bool = True
+) -> PydanticCustomError:
     """What a validator of a section raises.
 
     Args:
       path: the key, from that section; () is the section itself.
       text: what is wrong, without the key and its value where `path` names one.
       refused: whether it breaks privacy or security rather than a rule of the file.
+      got: whether the value is told after the text.
     """
     # The context travels with the error to `explained`; braces in the text must not be formatted.
-    context = {"path": path, "text": text, "refused": refused}
+    context = {"path": path, "text": text, "refused": refused, "got": got}
     return PydanticCustomError("run_file", "{text}", context)
 
 
@@ -115,7 +118,8 @@ def _sentence(detail: ErrorDetails, data: dict[str, Any], schema: Schema) -> str
             inner = toml_errors.key_name(path, data)
             return text if text.startswith("[") else f"{inner} {text}"
         path = (*path, *detail["ctx"]["path"])
-        return f"{toml_errors.key_name(path, data)} {text}, got {_value_at(path, data)}"
+        value = f", got {_value_at(path, data)}" if detail["ctx"]["got"] else ""
+        return f"{toml_errors.key_name(path, data)} {text}{value}"
     path = _present(path, data)
     name = toml_errors.key_name(path, data)
     expected = toml_errors.expectation(kind, detail.get("ctx", {}))

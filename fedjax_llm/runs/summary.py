@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fedjax_llm.errors import UserError
-from fedjax_llm.runs.metrics import STAGES, RoundRecord, strict
+from fedjax_llm.runs.metrics import SECURE_STAGES, STAGES, RoundRecord, strict
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,9 @@ class Summary:
       tokens: trained on, all clouds and rounds.
       sample: a prompt and its answers before and after.
       parameters_trained: how many numbers a cloud uploads.
+      encrypted_fraction: how much of them leaves a cloud encrypted or masked, 0 to 1.
+      secure_share: seconds of encryption, addition and decryption over those of all rounds,
+        evaluation and checkpoints included; None before the first.
       versions: package versions.
       machine: what it ran on.
     """
@@ -79,6 +82,8 @@ class Summary:
     tokens: int
     sample: Sample | None = None
     parameters_trained: int | None = None
+    encrypted_fraction: float | None = None
+    secure_share: float | None = None
     versions: dict[str, str] = field(default_factory=dict)
     machine: dict[str, Any] = field(default_factory=dict)
 
@@ -112,6 +117,7 @@ def summarise(
     secure_statement: str = "",
     sample: Sample | None = None,
     parameters_trained: int | None = None,
+    encrypted_fraction: float | None = None,
     versions: Mapping[str, str] | None = None,
     machine: Mapping[str, Any] | None = None,
 ) -> Summary:
@@ -125,6 +131,7 @@ def summarise(
       secure_statement: who can decrypt, in words.
       sample: a prompt and its answers before and after.
       parameters_trained: how many numbers a cloud uploads.
+      encrypted_fraction: how much of them leaves a cloud encrypted or masked.
       versions: package versions.
       machine: what it ran on.
     """
@@ -148,6 +155,8 @@ def summarise(
         tokens=int(_total(records, "tokens")),
         sample=sample,
         parameters_trained=parameters_trained,
+        encrypted_fraction=encrypted_fraction,
+        secure_share=_secure_share(records),
         versions=dict(versions or {}),
         machine=dict(machine or {}),
     )
@@ -190,6 +199,13 @@ def _cloud(records: Sequence[RoundRecord], name: str) -> CloudSummary:
         epsilon_reason=last.get("epsilon_reason", ""),
         seconds_link=_total(own, "seconds_link"),
     )
+
+
+def _secure_share(records: Sequence[RoundRecord]) -> float | None:
+    rounds = [record for record in records if record["round"] > 0]
+    whole = _total(rounds, "seconds_round")
+    secure = sum(_total(rounds, f"seconds_{stage}") for stage in SECURE_STAGES)
+    return secure / whole if whole else None
 
 
 def _total(records: Sequence[Mapping[str, Any]], key: str) -> float:

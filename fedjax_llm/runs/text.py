@@ -56,3 +56,13 @@ def epsilon_text(epsilon: float | None, reason: str = "") -> str:
     if epsilon is not None:
         return f"{epsilon:.3g}"
     return f"not certified: {reason}" if reason else "not certified"
+
+
+def share_text(share: float) -> str:
+    """A part of a whole, two significant digits below a tenth.
+
+    >>> share_text(0.0123), share_text(0.25), share_text(1.0), share_text(0.0)
+    ('1.2 %', '25 %', '100 %', '0 %')
+    """
+    percent = 100 * share
+    return f"{percent:.2g} %" if percent < 10 else f"{percent:.0f} %"

@@ -95,26 +95,6 @@ class FixedPoint:
         below = np.nextafter(nearest, np.float32(0))
         return float(nearest if float(nearest) <= self.bound else below)
 
-    def largest(self, x: jax.Array) -> jax.Array:
-        """Scalar float32: the largest absolute value, infinite if any is NaN. For ``check``."""
-        return jnp.max(jnp.where(jnp.isnan(x), jnp.float32(jnp.inf), jnp.abs(x)), initial=0.0)
-
-    def check(self, client: str, largest: float) -> None:
-        """Refuses, on the host and before anything is sent, what cannot be encoded.
-
-        Args:
-            client: named in the message.
-            largest: the value of ``largest`` for the client's vector.
-
-        Raises:
-            Refused: a value is beyond the bound or not finite.
-        """
-        if not float(largest) <= self.bound:
-            raise Refused(
-                f"client {client!r}: an update of {float(largest):g} is beyond the fixed-point "
-                f"bound {self.bound:g}; lower the clip norm or learning rate, or raise the bound"
-            )
-
     def decode(self, total: NDArray[np.int64]) -> NDArray[np.float32]:
         """A sum of encodings -> the sum of floats: exact in float64, rounded once to float32."""
         return self.decode64(total).astype(np.float32)

@@ -8,14 +8,17 @@ itself with 5 of 10, which gives E, hence the joint secret. It takes t - 1 cloud
 decrypting set, or a set of more than t, and a server that merely looks.
 
 Formal guarantee. Every pair of clouds shares a key (X25519 in the key ceremony) and adds,
-respectively subtracts, the same SHAKE-256 stream for this request. To whoever lacks the keys of
-the pairs among the honest clouds, their answers are uniform but for their sum (SHAKE-256 as a
-pseudorandom function, the gap Diffie-Hellman assumption). In that sum the slopes add up to one.
+respectively subtracts, the same SHAKE-256 stream for this statement (epoch, round, sum and set:
+``decryption``). To whoever lacks the keys of the pairs among the honest clouds, the first answers
+of the honest clouds of a set are uniform but for their sum, and if one of these is not given,
+uniform and independent: nothing at all (SHAKE-256 as a pseudorandom function, the gap
+Diffie-Hellman assumption). In that sum the slopes add up to one. Masks of different statements
+are independent.
 
 | case | effect |
 |---|---|
-| all clouds of the set answer the same request | masks cancel exactly |
-| a cloud is missing, or answered another request | the fused values are uniform: no result |
+| all clouds of the set answer for the same statement | masks cancel exactly |
+| a cloud is missing, or answered for another statement | the fused values are uniform: no result |
 
 Source: Bonawitz et al., CCS 2017, section 4 (pairwise masks); Cramer, Damgard, Ishai, TCC 2005
 (pseudorandom sharings of zero).
@@ -49,7 +52,7 @@ def mask(
     own: str,
     clouds: Sequence[str],
     keys: Mapping[str, bytes],
-    request: bytes,
+    statement: bytes,
     chunk: int,
     moduli: Sequence[int],
     size: int,
@@ -60,7 +63,7 @@ def mask(
         own: the cloud that answers.
         clouds: the decrypting set, ``own`` included.
         keys: for every other cloud, the 32 secret bytes shared with it.
-        request: digest of the request, 32 bytes: another request, other masks.
+        statement: its digest, 32 bytes: another statement, other masks.
         chunk: index of the ciphertext.
         moduli: primes of the limbs.
         size: N.
@@ -70,7 +73,7 @@ def mask(
     for other in clouds:
         if other == own:
             continue
-        seed = keys[other] + request + chunk.to_bytes(8, "little")
+        seed = keys[other] + statement + chunk.to_bytes(8, "little")
         shared = np.stack([expand(seed, modulus, size) for modulus in moduli])[None]
         if own > other:  # one adds, the other subtracts
             shared = (primes - shared) % primes

@@ -1,4 +1,4 @@
-"""Which BFV parameters an encrypted sum takes: the smallest upload that is correct and secure.
+"""Which BFV parameters a sum takes: the smallest upload that is correct and secure.
 
 | symbol | name | meaning |
 |---|---|---|
@@ -18,9 +18,12 @@ faces one uniform ternary secret, which is the table's case, and any weaker atta
 least that.
 
 Correctness. Each partial decryption adds an error uniform in +-Q / (2 q_0) (OpenFHE,
-``NOISE_FLOODING_MULTIPARTY``); T of them and the ciphertext's own noise E must stay below
-Q / (2t), so that q_0 > T t (1 + 2 E q_0 / (T Q)). E is below 2^50 and Q / q_0 above 2^119: any q_0
-a quarter above T t will do.
+``NOISE_FLOODING_MULTIPARTY``); T of them, the ciphertext's own noise E and an error of decoding
+itself must stay below Q / (2t). OpenFHE scales by t / Q in float64 numbers of up to t, and what it
+then rounds is off by up to t 2^-51 of one. That leaves a share of 1 - t 2^-50 of Q / (2t) to noise
+(measured, to within 0.01: 0.97 at 45 bits, 0.87 at 47, 0.75 at 48, 0.5 at 49), so that
+q_0 (1 - t 2^-50) > T t (1 + 2 E q_0 / (T Q)). E is below 2^50, Q / q_0 above 2^119 and, with
+t < 2^47, the share above 7/8, where 1 / 1.25 is 4/5: any q_0 a quarter above T t will do.
 """
 
 import math
@@ -28,9 +31,9 @@ from dataclasses import dataclass
 
 from fedjax_llm.errors import UserError
 
-# OpenFHE's slot encoding and decoding is exact up to here and silently wrong from 52 bits on
-# (51 with some limb sizes; measured, and tested again whenever a context is made).
-MAX_PLAINTEXT_BITS = 50
+# From 48 bits on OpenFHE's decoding is silently wrong under the widest flooding, from 52 bits on
+# (51 with some limb sizes) under any (measured, and tested again whenever a context is made).
+MAX_PLAINTEXT_BITS = 47
 FLOODING_BITS = 120
 # Up to these the ciphertext noise E stays below the 2^50 that the flooding argument assumes.
 MAX_SUMMANDS, MAX_PARTIES = 2**20, 64
@@ -69,10 +72,19 @@ class Parameters:
         """Integers per ciphertext: all slots but the canary's."""
         return (self.ring_dimension - 1) * self.digits
 
+    def ciphertexts(self, count: int) -> int:
+        """Ciphertexts that ``count`` integers take."""
+        return -(-count // self.per_ciphertext)
+
     @property
-    def bytes_per_integer(self) -> float:
-        """Of a full ciphertext on the wire."""
-        return 2 * self.log_q * self.ring_dimension / 8 / self.per_ciphertext
+    def ciphertext_bytes(self) -> int:
+        """Of one ciphertext on the wire: two ring elements, every residue in its limb's bits."""
+        return 2 * self.log_q * self.ring_dimension // 8
+
+    def _cost(self, count: int | None) -> float:
+        if count is None:
+            return self.ciphertext_bytes / self.per_ciphertext
+        return self.ciphertext_bytes * self.ciphertexts(count)
 
 
 def is_prime(number: int) -> bool:
@@ -112,23 +124,38 @@ def _noise_bits(modulus: int, summands: int, parties: int) -> int:
     return math.ceil(math.log2(modulus * (4 * ((summands + 1) * fresh + summands) + modulus)))
 
 
-def choose(max_abs: int, summands: int, parties: int) -> Parameters:
-    """The parameters with the fewest bytes per integer.
+def choose(
+    max_abs: int,
+    summands: int,
+    parties: int,
+    count: int | None = None,
+    one_ciphertext: bool = False,
+) -> Parameters:
+    """The parameters with the fewest bytes.
+
+    >>> chosen = choose(max_abs=48, summands=8, parties=3, count=4096)
+    >>> chosen.digits, chosen.ring_dimension, chosen.log_q, chosen.ciphertext_bytes
+    (1, 8192, 157, 321536)
 
     Args:
         max_abs: bound of one client's integers, absolute.
         summands: most clients of one sum.
         parties: number of clouds that hold a key share.
+        count: integers per client, whose upload is then the smallest; None is so many that only
+            the bytes per integer matter.
+        one_ciphertext: whether ``count`` integers have to fit one, even where two would be smaller.
 
     Raises:
         UserError: more summands or clouds than the noise argument covers, or a single sum that
-            does not fit a slot of 50 bits.
+            does not fit a slot of 47 bits, or ``count`` of them one ciphertext.
     """
     if max_abs < 1 or summands < 1 or parties < 2:
         raise UserError(
             f"an encrypted sum needs max_abs and summands of at least 1 and 2 or more parties, "
             f"got {max_abs}, {summands} and {parties}"
         )
+    if count is not None and count < 1:
+        raise UserError(f"an encrypted sum needs at least 1 integer, got {count}")
     if summands > MAX_SUMMANDS or parties > MAX_PARTIES:
         raise UserError(
             f"an encrypted sum takes up to {MAX_SUMMANDS} summands and {MAX_PARTIES} clouds, got "
@@ -152,11 +179,14 @@ def choose(max_abs: int, summands: int, parties: int) -> Parameters:
         found = Parameters(
             max_abs, summands, parties, radix, digits, modulus, limb_bits, message_limbs, ring
         )
-        if best is None or found.bytes_per_integer < best.bytes_per_integer:
+        if one_ciphertext and count is not None and found.ciphertexts(count) > 1:
+            continue
+        if best is None or found._cost(count) < best._cost(count):
             best = found
     if best is None:
+        where = f" to fit {count} of them into one ciphertext" if one_ciphertext else ""
         raise UserError(
-            f"sums of {summands} integers up to {max_abs} need more than {MAX_PLAINTEXT_BITS} "
-            "bits; use fewer bits per parameter or fewer clients per sum"
+            f"sums of {summands} integers up to {max_abs} need more than {MAX_PLAINTEXT_BITS} bits"
+            f"{where}; use fewer bits per parameter or fewer clients per sum"
         )
     return best

@@ -21,10 +21,8 @@ def pack_slots(ints_P: NDArray[np.int64], radix: int, digits: int) -> NDArray[np
     return slots
 
 
-def unpack_slots(
-    slots_S: NDArray[np.int64], radix: int, digits: int, count: int
-) -> NDArray[np.int64]:
-    """The digits of each slot, [count]; what exceeds the last digit stays in it.
+def unpack_slots(slots_S: NDArray[np.int64], radix: int, digits: int) -> NDArray[np.int64]:
+    """int64 [S] -> int64 [S * digits]; what exceeds the last digit stays in it.
 
     A slot beyond (radix**digits - 1) / 2 thus shows as a last digit beyond (radix - 1) / 2.
     """
@@ -35,4 +33,4 @@ def unpack_slots(
         columns[:, digit] = (rest + half) % radix - half
         rest = (rest - columns[:, digit]) // radix
     columns[:, -1] = rest
-    return columns.reshape(-1)[:count]
+    return columns.reshape(-1)

@@ -1,6 +1,8 @@
 """The round as a whole: bytes that do not depend on devices, sum or interruption; refusals."""
 
-from collections.abc import Callable
+import functools
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -10,9 +12,21 @@ import pytest
 
 from fedjax_llm.aggregation import RULES, AggregationRule, ffa_lora
 from fedjax_llm.errors import Refused, UserError
-from fedjax_llm.federation import Federation, FederationState, Participant, Plain, Threshold
+from fedjax_llm.federation import (
+    Bfv,
+    Ckks,
+    Federation,
+    FederationState,
+    Masked,
+    Participant,
+    Plain,
+    SumMode,
+    Threshold,
+)
 from fedjax_llm.privacy import PrivacyPlan
 from fedjax_llm.training import ExamplePrivacy, LocalTraining
+
+HIDDEN = [Masked(), Threshold(2), Bfv(2), Ckks(2)]
 
 Build = Callable[..., Federation]
 Clouds = Callable[..., list[Participant]]
@@ -45,11 +59,22 @@ def test_the_size_of_a_group_changes_rounding_only(federate: Build) -> None:
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
+def mode_name(mode: SumMode) -> str:
+    return type(mode).__name__.lower()
+
+
+@pytest.fixture(scope="module")
+def plain_bytes(federate: Build) -> Callable[[str], FederationState]:
+    """The state after two rounds of a plain sum, by privacy unit."""
+    return functools.cache(lambda unit: run(federate(unit, sum_mode=Plain())))
+
+
+@pytest.mark.parametrize("mode", HIDDEN, ids=mode_name)
 @pytest.mark.parametrize("unit", ["none", "example", "client"])
-def test_plain_and_threshold_give_the_same_bytes(federate: Build, unit: str) -> None:
-    plain = run(federate(unit, sum_mode=Plain()))
-    encrypted = run(federate(unit, sum_mode=Threshold(2)))
-    assert same_bytes(plain, encrypted)
+def test_every_sum_gives_the_same_bytes(
+    federate: Build, plain_bytes: Callable[[str], FederationState], unit: str, mode: SumMode
+) -> None:
+    assert same_bytes(plain_bytes(unit), run(federate(unit, sum_mode=mode)))
 
 
 @pytest.mark.parametrize("name", sorted(RULES))
@@ -73,11 +98,12 @@ def test_other_seeds_give_other_adapters(federate: Build) -> None:
     assert not same_bytes(run(federate(seed=3), 1).server, run(federate(seed=4), 1).server)
 
 
+@pytest.mark.parametrize("mode", HIDDEN, ids=mode_name)
 def test_a_cloud_that_is_offline_costs_only_its_own_contribution(
-    federate: Build, make_participants: Clouds
+    federate: Build, make_participants: Clouds, mode: SumMode
 ) -> None:
     """The other two go on, and end where they would have ended without it."""
-    lost = federate(participants=make_participants(south=frozenset({1})), sum_mode=Threshold(2))
+    lost = federate(participants=make_participants(south=frozenset({1})), sum_mode=mode)
     state, report = lost.run_round(lost.init())
     assert not report.clouds["south"].online
     assert report.clouds["south"].uplink_bytes == report.clouds["south"].rows == 0
@@ -87,6 +113,8 @@ def test_a_cloud_that_is_offline_costs_only_its_own_contribution(
     assert not same_bytes(state.server, outputs.server)
     again, second = lost.run_round(state)
     assert second.clouds["south"].online and int(again.round) == 2
+    plain = federate(participants=make_participants(south=frozenset({1})), sum_mode=Plain())
+    assert same_bytes(state.server, plain.run_round(plain.init())[0].server)
 
 
 def test_too_few_clouds_online_is_refused_and_changes_nothing(
@@ -102,37 +130,89 @@ def test_too_few_clouds_online_is_refused_and_changes_nothing(
     assert same_bytes(state, federation.init())
 
 
+def test_fewer_clouds_than_a_sum_may_have_are_refused_before_they_train(
+    federate: Build, make_participants: Clouds
+) -> None:
+    clouds = make_participants(south=frozenset({1}))
+    federation = federate(participants=clouds, sum_mode=Threshold(2, minimum_clients=3))
+    stages: list[str] = []
+    with pytest.raises(Refused, match="at least 3 clients, 2 sent"):
+        federation.run_round(federation.init(), on_stage=stages.append)
+    assert stages == []
+
+
+@pytest.mark.parametrize("mode", HIDDEN, ids=mode_name)
 def test_what_leaves_a_client_is_ciphertext(
-    federate: Build, monkeypatch: pytest.MonkeyPatch
+    federate: Build, monkeypatch: pytest.MonkeyPatch, mode: SumMode
 ) -> None:
     """The bytes that cross the boundary hold no run of the plaintext integers, and never repeat."""
-    federation = federate(sum_mode=Threshold(2))
+    federation = federate(sum_mode=mode)
     secure = federation._secure_sum
     assert secure is not None
-    crossed: list[tuple[np.ndarray, bytes]] = []
-    honest = secure.encode_message
+    crossed: dict[str, tuple[np.ndarray, bytes]] = {}
+    honest = secure.upload
 
-    def spy(client: str, round_number: int, ints_P: np.ndarray) -> bytes:
-        data = honest(client, round_number, ints_P)
-        crossed.append((np.asarray(ints_P), data))
-        return data
+    def spy(client: str, round_number: int, ints_P: jax.Array) -> Iterator[bytes]:
+        chunks = list(honest(client, round_number, ints_P))
+        crossed[client] = (np.asarray(ints_P), b"".join(chunks))
+        return iter(chunks)
 
-    monkeypatch.setattr(secure, "encode_message", spy)
-    federation.run_round(federation.init())
-    assert len(crossed) == 3
-    for ints_P, data in crossed:
+    monkeypatch.setattr(secure, "upload", spy)
+    _, report = federation.run_round(federation.init())
+    assert set(crossed) == set(federation.names)
+    for name, (ints_P, data) in crossed.items():
+        assert len(data) == secure.upload_bytes(name) <= report.clouds[name].uplink_bytes
         telling = ints_P[np.abs(ints_P) > 256]
         assert telling.size > 50
         for dtype in ("<i4", "<i8", ">i4", "<f4"):
             pairs = telling[:64].astype(dtype)
             hits = sum(data.count(pairs[k : k + 2].tobytes()) for k in range(0, 64, 2))
             assert hits == 0
-        again = honest("north", 1, ints_P)
-        ours, theirs = (np.frombuffer(d[-4096:-64], np.uint8) for d in (data, again))
-        # Equal bytes at a rate of 1 in 256, as for independent uniform ones.
-        assert np.mean(ours == theirs) < 0.02
-        histogram = np.bincount(np.frombuffer(data[4096:], np.uint8), minlength=256)
-        assert histogram.min() > 0.8 * histogram.mean()
+        again = b"".join(honest(name, 2, ints_P))
+        half = min(len(data), len(again)) // 2
+        ours, theirs = (np.frombuffer(d[half:-64], np.uint8) for d in (data, again))
+        # Equal bytes at a rate of 1 in 256, as for independent uniform ones; six standard errors.
+        size = min(ours.size, theirs.size)
+        rate = np.mean(ours[:size] == theirs[:size])
+        assert abs(rate - 1 / 256) < 6 * np.sqrt(1 / 256 / size)
+        histogram = np.bincount(ours, minlength=256)
+        assert np.abs(histogram - histogram.mean()).max() < 6 * np.sqrt(histogram.mean())
+
+
+@pytest.mark.parametrize("mode", HIDDEN, ids=mode_name)
+def test_the_time_and_bytes_of_a_sum_are_all_counted(
+    federate: Build, monkeypatch: pytest.MonkeyPatch, mode: SumMode
+) -> None:
+    """Making chunks is encryption, the rest up to the last chunk addition, what follows opening."""
+    federation = federate(sum_mode=mode)
+    secure = federation._secure_sum
+    assert secure is not None
+    honest = secure.upload
+
+    def slow(client: str, round_number: int, ints_P: jax.Array) -> Iterator[bytes]:
+        chunks = honest(client, round_number, ints_P)
+
+        def waiting() -> Iterator[bytes]:
+            time.sleep(0.2)
+            yield from chunks
+
+        return waiting()
+
+    monkeypatch.setattr(secure, "upload", slow)
+    federation.run_round(federation.init())
+    started = time.perf_counter()
+    _, report = federation.run_round(federation.init()._replace(round=np.int32(1)))
+    spent = time.perf_counter() - started
+    assert report.seconds["encrypt"] >= 0.6
+    assert all(report.seconds[stage] > 0 for stage in ("add", "decrypt"))
+    assert sum(report.seconds.values()) <= spent
+    opening = {
+        name: cloud.uplink_bytes - secure.upload_bytes(name)
+        for name, cloud in report.clouds.items()
+    }
+    assert all(extra >= 0 for extra in opening.values())
+    assert sum(extra > 0 for extra in opening.values()) >= 2  # two at least open a sum
+    assert all(c.downlink_bytes >= 4 * federation.parameters for c in report.clouds.values())
 
 
 def test_poisson_sampled_clients_send_encrypted_zeros(federate: Build) -> None:

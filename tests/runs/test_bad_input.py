@@ -43,6 +43,18 @@ def error_line(capfd: pytest.CaptureFixture[str]) -> str:
         (["clouds.finance.data.limit=100000"], 2, "cloud 'finance': limit = 100000, but "),
         (["training.sequence_length=8"], 2, "cloud 'medical': no training example fits into 8 "),
         (["secure.sum=threshold", "secure.threshold=1"], 3, "every cloud could decrypt alone"),
+        (["secure.minimum_clients=1"], 3, "the sum of one cloud is its update"),
+        (["secure.selective={layers=['*q_proj*']}"], 3, 'selective needs [privacy] unit = "exam'),
+        (
+            ["privacy.unit=example", "secure.selective={layers=['*k_proj*']}"],
+            2,
+            "selective layers: '*k_proj*' matches no trained parameter",
+        ),
+        (
+            ["privacy.unit=example", "secure.selective={layers=['*']}"],
+            2,
+            "layers * encrypts every parameter; leave selective out",
+        ),
         (["privacy.sampling=fixed"], 3, "fixed-size batches certify no epsilon"),
     ],
 )

@@ -89,3 +89,38 @@ def test_clouds_in_another_order_are_another_run() -> None:
 def test_a_checkpoint_that_does_not_say_is_not_continued() -> None:
     with pytest.raises(UserError, match="is not what its rounds ran with"):
         fingerprint.check({}, SAVED, FOLDER)
+
+
+def test_a_sensitivity_map_counts_by_its_content(tmp_path: Path) -> None:
+    def with_map(name: str, content: bytes) -> fingerprint.Fingerprint:
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+        secure = {"sum": "threshold", "selective": {"fraction": 0.5, "map": str(path)}}
+        return fingerprint.of(
+            settings(secure=secure, privacy={"unit": "example"}), base(), corpora()
+        )
+
+    before = with_map("one/map.npy", b"1")
+    fingerprint.check(before, with_map("two/map.npy", b"1"), FOLDER)
+    with pytest.raises(UserError, match=r"section \[secure\]"):
+        fingerprint.check(before, with_map("one/map.npy", b"2"), FOLDER)
+
+
+def test_public_text_counts_by_its_content(tmp_path: Path) -> None:
+    def measured_on(name: str, content: str) -> fingerprint.Fingerprint:
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        (folder / "rows.jsonl").write_text(content)
+        selective = {
+            "fraction": 0.5,
+            "measure_on": ["builtin:general", str(folder)],
+            "mapping": {"prompt": "a", "answer": "b"},
+        }
+        changes = {"secure": {"sum": "bfv", "selective": selective}, "privacy": {"unit": "example"}}
+        return fingerprint.of(settings(**changes), base(), corpora())
+
+    before = measured_on("one", "x")
+    fingerprint.check(before, measured_on("two", "x"), FOLDER)
+    with pytest.raises(UserError, match=r"section \[secure\]"):
+        fingerprint.check(before, measured_on("one", "y"), FOLDER)

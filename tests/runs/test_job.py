@@ -267,3 +267,52 @@ def test_exports_compute_what_the_run_learned(
     kept = (peft / "adapter_model.safetensors").read_bytes()
     assert jobs.here("export", never_killed, "--peft", peft) == UserError.exit_code
     assert (peft / "adapter_model.safetensors").read_bytes() == kept
+
+
+@pytest.mark.slow
+def test_a_run_that_encrypts_a_part_says_so_and_ends_in_the_same_bytes(
+    jobs: Jobs, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The map is measured on public text, again after an interruption; it moves no result."""
+    settings = ("rounds=1", "privacy.unit=example", "privacy.noise_multiplier=0.8")
+    selective = (
+        "secure.selective={fraction=0.3, measure_on=['builtin:general'], measure_rows=6}",
+        "secure.minimum_clients=3",
+    )
+    words = [word for setting in settings for word in ("--set", setting)]
+    more = [word for setting in selective for word in ("--set", setting)]
+    plain, part = tmp_path / "plain", tmp_path / "part"
+    assert jobs.here("run", jobs.run_file, *words, "--set", "secure.sum=plain", "--out", plain) == 0
+    capfd.readouterr()
+    assert jobs.here("run", jobs.run_file, *words, *more, "--out", part) == 0
+    printed = capfd.readouterr().out
+    assert jobs.state(plain) == jobs.state(part)
+
+    statement = next(line for line in printed.splitlines() if "Selective: only 30 %" in line)
+    assert "measured on 6 rows of builtin:general" in statement
+    assert "In the clear, read by the server for every client: " in statement
+    assert "3 or more clients" in statement
+    assert "30 % of the parameters are encrypted, the rest is in the clear" in printed
+    assert "encryption, addition and decryption are" in printed
+    result = summary.read(part / "summary.json")
+    assert result is not None
+    assert result.secure_statement == statement
+    assert result.encrypted_fraction == pytest.approx(0.3, abs=1e-3)
+    assert result.secure_share is not None and 0 < result.secure_share < 1
+    assert "30 % of them encrypted" in (part / "report.html").read_text()
+
+    run_toml = (part / "run.toml").read_text()
+    (part / "run.toml").write_text(run_toml.replace("rounds = 1", "rounds = 2", 1))
+    (plain / "run.toml").write_text(
+        (plain / "run.toml").read_text().replace("rounds = 1", "rounds = 2", 1)
+    )
+    assert jobs.here("resume", part) == 0
+    assert jobs.here("resume", plain) == 0
+    assert jobs.state(plain) == jobs.state(part)
+    # Encrypting another part from now on would show parts of both.
+    changed = run_toml.replace("fraction = 0.3", "fraction = 0.2").replace(
+        "rounds = 1", "rounds = 3", 1
+    )
+    (part / "run.toml").write_text(changed)
+    assert jobs.here("resume", part) == UserError.exit_code
+    assert "the section [secure] at hand is not what" in capfd.readouterr().err

@@ -141,6 +141,19 @@ def test_the_summary_adds_up_and_survives_the_disk(tmp_path: Path) -> None:
     assert summary.read(tmp_path / "none.json") is None
 
 
+def test_the_share_of_the_sum_is_that_of_all_rounds_of_training() -> None:
+    """The evaluation before them is none."""
+    records = rounds(3)
+    records[0] |= RoundRecord(seconds_round=100.0, seconds_add=100.0)
+    assert summary.summarise(records, name="x", seed=1).secure_share == 0.0
+    records[1] |= RoundRecord(seconds_encrypt=0.02, seconds_add=0.01)
+    records[2] |= RoundRecord(seconds_decrypt=0.05)
+    records[3] |= RoundRecord(seconds_decrypt=1.5)
+    found = summary.summarise(records, name="x", seed=1).secure_share
+    assert found == pytest.approx((0.02 + 0.01 + 0.05 + 1.5) / 6)
+    assert summary.summarise(records[:1], name="x", seed=1).secure_share is None
+
+
 @pytest.mark.parametrize("after", [2.0, 2.5, None])
 def test_a_loss_that_did_not_fall_is_not_said_to_have_fallen(after: float | None) -> None:
     records = rounds(1)

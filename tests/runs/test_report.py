@@ -35,6 +35,7 @@ def make_run(
     epsilon: float | None = 1.5,
     finished: bool = True,
     text: str = "an answer",
+    encrypted: float | None = 1.0,
 ) -> RunFolder:
     with RunFolder.create(path, RUN_TOML.format(rounds=rounds, cloud=cloud)) as folder:
         for number in range(rounds + 1):
@@ -63,6 +64,8 @@ def make_run(
                 privacy_statement=text,
                 secure_statement=text,
                 sample=summary.Sample(text, text, text),
+                parameters_trained=1234,
+                encrypted_fraction=encrypted,
                 versions={"jax": "0.12"},
                 machine={"cores": 2},
             )
@@ -132,6 +135,27 @@ def test_a_missing_epsilon_shows_its_reason(tmp_path: Path) -> None:
     html = report.render(make_run(tmp_path / "run", epsilon=None))
     assert "not certified" in html and "no noise is added" in html
     assert ">None<" not in html and "nan" not in html.lower().replace("finance", "")
+
+
+def test_the_share_of_the_encrypted_sum_is_told(tmp_path: Path) -> None:
+    html = report.render(make_run(tmp_path / "run"))
+    assert "Encryption, addition and decryption took 12 % of it." in html
+    rows = dict(compare.table([tmp_path / "run"]))
+    assert rows["encryption, of the rounds"] == ["12 %"]
+
+
+@pytest.mark.parametrize(
+    ("encrypted", "words"),
+    [
+        (0.305, "exchanged, 30 % of them encrypted and the rest in the clear."),
+        (0.0, "exchanged, none of them encrypted."),
+        (1.0, "exchanged."),
+        (None, "exchanged."),
+    ],
+)
+def test_the_encrypted_part_is_told(tmp_path: Path, encrypted: float | None, words: str) -> None:
+    html = report.render(make_run(tmp_path / "run", encrypted=encrypted))
+    assert f"1,234 parameters were trained and {words}" in html
 
 
 def test_an_unfinished_run_has_a_report_too(tmp_path: Path) -> None:

@@ -112,8 +112,8 @@ def test_defaults_and_types(tmp_path: Path) -> None:
         (
             '"threshold"',
             '"treshold"',
-            'q.toml:21: [secure] sum must be one of "plain", "threshold", got "treshold"; '
-            'did you mean "threshold"?',
+            'q.toml:21: [secure] sum must be one of "plain", "masked", "threshold", "bfv", "ckks", '
+            'got "treshold"; did you mean "threshold"?',
         ),
         (
             'name = "finance"',
@@ -158,16 +158,176 @@ def test_messages(tmp_path: Path, old: str, new: str, expected: str) -> None:
     assert message(tmp_path, GOOD.replace(old, new, 1)) == expected
 
 
-def test_a_threshold_of_one_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["masked", "threshold", "bfv", "ckks"])
+def test_a_threshold_of_one_is_refused(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "q.toml"
     path.write_text(GOOD.replace("threshold = 2", "threshold = 1"))
     with pytest.raises(Refused, match="every cloud could decrypt alone"):
-        runfile.load(path)
+        runfile.load(path, [f"secure.sum={kind}"])
 
 
 def test_one_cloud_cannot_share_a_key(tmp_path: Path) -> None:
     alone = GOOD[: GOOD.rindex("[[clouds]]")]
     assert "needs at least 2 clouds to share the key" in message(tmp_path, alone)
+    masked = "secure.sum=masked"
+    assert "needs at least 2 clouds to mask each other" in message(tmp_path, alone, masked)
+
+
+FIVE = GOOD + "".join(
+    f'[[clouds]]\nname = "{name}"\ndata.sources = ["builtin:general"]\n' for name in "xyz"
+)
+
+
+def test_masks_need_more_than_half_of_the_clouds(tmp_path: Path) -> None:
+    """Of five, two are enough to decrypt, and not to unmask."""
+    expected = 'threshold must be between 3 and 5 with sum = "masked": two groups of half the'
+    assert expected in message(tmp_path, FIVE, "secure.sum=masked")
+    (tmp_path / "q.toml").write_text(FIVE)
+    for settings in (["secure.sum=masked", "secure.threshold=3"], ["secure.sum=bfv"]):
+        assert runfile.load(tmp_path / "q.toml", settings).secure.threshold in (2, 3)
+
+
+def test_a_threshold_may_be_left_out_and_may_stay_beside_a_plain_sum(tmp_path: Path) -> None:
+    path = tmp_path / "q.toml"
+    path.write_text(GOOD.replace("threshold = 2\n", "\n"))
+    assert runfile.load(path).secure.threshold is None
+    path.write_text(GOOD)
+    assert runfile.load(path, ["secure.sum=plain"]).secure.sum == "plain"
+
+
+@pytest.mark.parametrize(("least", "error"), [(1, Refused), (3, UserError)])
+def test_a_sum_of_too_few_or_of_more_clouds_than_there_are(
+    tmp_path: Path, least: int, error: type[FedJaxError]
+) -> None:
+    (tmp_path / "q.toml").write_text(GOOD)
+    with pytest.raises(error, match="minimum_clients must be between 2 and 2"):
+        runfile.load(tmp_path / "q.toml", [f"secure.minimum_clients={least}"])
+
+
+SELECTIVE = GOOD.replace("[privacy]", '[privacy]\nunit = "example"').replace(
+    "[[clouds]]", '[secure.selective]\nlayers = ["*o_proj*"]\n[[clouds]]', 1
+)
+LINE = 'layers = ["*o_proj*"]'
+
+
+def test_a_selective_sum_is_read_and_written(tmp_path: Path) -> None:
+    path = tmp_path / "q.toml"
+    (tmp_path / "map.npy").write_bytes(b"")
+    for new in (
+        LINE,
+        'fraction = 0.3\nmap = "map.npy"',
+        'fraction = 0.3\nmeasure_on = ["builtin:general", "builtin:finance"]\nmeasure_rows = 8',
+        'fraction = 0.3\nmeasure_on = ["."]\nmapping = {prompt = "a", answer = "b"}',
+    ):
+        path.write_text(SELECTIVE.replace(LINE, new))
+        run_file = runfile.load(path)
+        selective = run_file.secure.selective
+        assert selective is not None
+        assert selective.map in (None, str(tmp_path / "map.npy"))
+        assert "." not in (selective.measure_on or ())
+        (tmp_path / "run.toml").write_text(runfile.to_toml(run_file))
+        assert runfile.load(tmp_path / "run.toml") == run_file
+
+
+@pytest.mark.parametrize(
+    ("new", "overrides", "expected"),
+    [
+        ("", (), "q.toml:25: [secure.selective] takes either layers or fraction, neither given"),
+        (
+            f"{LINE}\nfraction = 0.5",
+            (),
+            "q.toml:25: [secure.selective] takes either layers or fraction, both given",
+        ),
+        (
+            f'{LINE}\nmap = "m.npy"',
+            (),
+            "q.toml:27: [secure] selective.map goes with fraction, not with layers; remove it",
+        ),
+        (
+            "fraction = 0.5",
+            (),
+            "q.toml:25: [secure.selective] fraction needs either map, a file, or measure_on, "
+            "public text; neither given",
+        ),
+        (
+            'fraction = 0.5\nmap = "m.npy"\nmeasure_on = ["builtin:general"]',
+            (),
+            "q.toml:25: [secure.selective] fraction needs either map, a file, or measure_on, "
+            "public text; both given",
+        ),
+        (
+            'fraction = 0.5\nmap = "m.csv"',
+            (),
+            "q.toml:27: [secure] selective.map must be a file in .npy or .safetensors format, "
+            'got "m.csv"',
+        ),
+        (
+            'fraction = 0.5\nmap = "m.npy"',
+            (),
+            "q.toml:27: [secure] selective.map: there is no m.npy",
+        ),
+        (
+            'fraction = 0.5\nmeasure_on = ["builtin:genral"]',
+            (),
+            "q.toml:27: [secure] selective.measure_on.0 must be a file, a folder or one of "
+            'builtin:medical, builtin:finance, builtin:general, got "builtin:genral"',
+        ),
+        (
+            'fraction = 0.5\nmeasure_on = ["rows.csv"]',
+            (),
+            "q.toml:25: [secure] selective needs a mapping from columns to prompt and answer, "
+            'as mapping = {prompt = "question", answer = "answer"}',
+        ),
+        (
+            "fraction = 1.0",
+            (),
+            "q.toml:26: [secure] selective.fraction must be less than 1, got 1.0",
+        ),
+        (
+            LINE,
+            ("secure.sum=plain",),
+            'q.toml:25: [secure] selective means nothing with sum = "plain", which encrypts '
+            "nothing; remove it",
+        ),
+        (
+            LINE,
+            ("privacy.unit=none",),
+            'q.toml:25: [secure] selective needs [privacy] unit = "example", got "none": without '
+            "noise the server would read exact values in what stays in the clear",
+        ),
+        (
+            LINE,
+            ("privacy.unit=client",),
+            'q.toml:25: [secure] selective needs [privacy] unit = "example", got "client": the '
+            "noise of unit client is added after the sum, so that the server would read exact "
+            "values in what stays in the clear",
+        ),
+        (
+            LINE,
+            ("privacy.noise_multiplier=0.0",),
+            "q.toml:25: [secure] selective needs [privacy] noise_multiplier above 0: what stays "
+            "in the clear has no other cover",
+        ),
+    ],
+)
+def test_selective_messages(
+    tmp_path: Path, new: str, overrides: tuple[str, ...], expected: str
+) -> None:
+    assert message(tmp_path, SELECTIVE.replace(LINE, new), *overrides) == expected
+
+
+@pytest.mark.parametrize("public", ["data/rows.jsonl", "data", "."])
+def test_a_map_is_not_measured_on_a_clouds_own_files(tmp_path: Path, public: str) -> None:
+    """Nor in a folder that holds them, nor on one of the files of a cloud's folder."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "rows.jsonl").write_text("{}")
+    mapping = 'mapping = {prompt = "a", answer = "b"}'
+    text = SELECTIVE.replace(LINE, f'fraction = 0.5\nmeasure_on = ["{public}"]\n{mapping}')
+    for own in ("data", "data/rows.jsonl"):
+        source = text.replace('["builtin:finance"]', f'["{own}"]\n{mapping}')
+        (tmp_path / "q.toml").write_text(source)
+        with pytest.raises(Refused, match='must be public text, and cloud "finance" trains on it'):
+            runfile.load(tmp_path / "q.toml")
 
 
 def test_a_missing_file_is_a_user_error(tmp_path: Path) -> None:

@@ -50,6 +50,27 @@ def test_shares_below_the_threshold_are_uniform_whatever_the_secret():
         assert ((counts - 400) ** 2 / 400).sum() < 200
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.integers(2, 2**63 - 1), st.integers(-(2**64), 2**64), st.data())
+def test_scaling_is_exact_for_every_modulus(modulus, weight, data):
+    """Also for composite ones, and next to their ends, where an estimate would be off by one."""
+    near = [value % modulus for value in (0, 1, modulus - 1, modulus // 2, 2**32, 2**32 - 1)]
+    values = near + data.draw(st.lists(st.integers(0, modulus - 1), max_size=8))
+    scaled = scale(np.array(values, np.uint64), weight, modulus)
+    assert scaled.dtype == np.uint64
+    assert scaled.tolist() == [value * weight % modulus for value in values]
+
+
+def test_what_is_no_residue_is_refused():
+    for values in (np.array([97], np.uint64), np.array([1], np.int64)):
+        with pytest.raises(UserError, match="residues below a modulus"):
+            scale(values, 1, 97)
+        with pytest.raises(UserError, match="residues below a modulus"):
+            split(values, 97, 2, [1, 2])
+    with pytest.raises(UserError, match="at most 63 bits"):
+        scale(np.zeros(1, np.uint64), 1, 2**63)
+
+
 def test_nonsense_is_refused():
     secret = np.zeros(1, np.uint64)
     for points in ([0, 1], [1, 1], [97, 1], [1, 98]):
