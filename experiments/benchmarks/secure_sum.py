@@ -51,7 +51,11 @@ def median_seconds(work: Callable[[], object], repeats: int) -> float:
 
 
 def peak_bytes() -> int:
-    """Largest resident size of this process so far."""
+    """Largest resident size of this program so far; getrusage would count its parent's as well."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        (line,) = [each for each in status.read_text().splitlines() if each.startswith("VmHWM")]
+        return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -391,7 +395,7 @@ def in_process(part: str, *arguments: str, pinned: bool = False, cpu: bool = Tru
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     if cpu:
         environment["JAX_PLATFORMS"] = "cpu"
-    core = min(os.sched_getaffinity(0))
+    core = max(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "rows.json"
         command = [sys.executable, __file__, "--part", part, "--json", str(out), "--folder", folder]

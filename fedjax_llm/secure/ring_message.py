@@ -26,10 +26,11 @@ from fedjax_llm.secure.streams import PublicStream, SecretWords
 from fedjax_llm.secure.sums import checked_ints
 from fedjax_llm.secure.wire import Header, UploadWriter, parameters_digest
 from fedjax_llm_kernels import ring as kernel
+from fedjax_llm_kernels.host_arrays import aligned_empty
 from fedjax_llm_kernels.ring_parameters import Ring
 
 KIND = "threshold"
-_CHUNK_BYTES = 2**20
+_CHUNK_BYTES = 2**21
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class RingLayout:
     def elements(self) -> int:
         """Ring elements per chunk: of one size, so that one compiled program does for all.
 
-        A megabyte or somewhat less, whatever wastes the fewest elements at the end.
+        One or two megabytes, whatever wastes the fewest elements at the end.
         """
         needed = -(-self.count // self.parameters.per_element)
         most = min(needed, max(1, _CHUNK_BYTES // self.ring.payload_bytes_per_element))
@@ -96,21 +97,22 @@ class RingLayout:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             jax.block_until_ready(list(pool.map(lambda program: program(), programs)))
 
-    def public(self, stream: PublicStream, chunk: int) -> jax.Array:
+    def public(self, stream: PublicStream, chunk: int) -> jax.Array | NDArray[np.uint32]:
         """The polynomials a of one chunk, u32 [K, L, N] in transformed order.
 
         On a CPU OpenSSL expands them; elsewhere the accelerator itself does.
         """
         first = chunk * self.elements
         if jax.default_backend() == "cpu":
-            return jnp.asarray(kernel.uniform_host(self.ring, stream, first, self.elements))
+            return kernel.uniform_host(self.ring, stream, first, self.elements)
         words = jnp.asarray(stream.key_words)
         return kernel.uniform(self.ring, words, first, self.elements)
 
 
 def _with_canaries(layout: RingLayout, ints_P: NDArray[np.integer]) -> NDArray[np.int32]:
     """int [K per_element] -> int32 [K (1 + per_element)]: the number 1 in front of each element."""
-    rows = np.empty((layout.elements, 1 + layout.parameters.per_element), np.int32)
+    shape = layout.elements, 1 + layout.parameters.per_element
+    rows = aligned_empty(shape, np.int32)
     rows[:, 0] = 1
     rows[:, 1:] = ints_P.reshape(layout.elements, -1)
     return rows.reshape(-1)
@@ -188,9 +190,9 @@ class RingClient:
         secret_N, secret_hat = kernel.prepare_secret(ring, jnp.asarray(secret.draw(3, ring.size)))
         yield writer.write(self.key_layer.seal(self._public_key, np.asarray(secret_N)))
         for chunk, ints in enumerate(self._cut(client, pieces)):
-            values = jnp.asarray(_with_canaries(layout, ints))
+            values = _with_canaries(layout, ints)
             a_hat = layout.public(stream, chunk)
-            words = jnp.asarray(secret.draw(3, layout.elements, ring.size))
+            words = secret.draw(3, layout.elements, ring.size)
             yield writer.write(np.asarray(kernel.encrypt(ring, values, a_hat, secret_hat, words)))
 
     def _cut(

@@ -22,6 +22,7 @@ from fedjax_llm.secure.ring_message import RingClient
 from fedjax_llm.secure.streams import PublicStream
 from fedjax_llm.secure.sums import Costs, RoundNumbers, WrongSum, checked_clients
 from fedjax_llm_kernels import ring as kernel
+from fedjax_llm_kernels.host_arrays import aligned_empty
 from fedjax_llm_kernels.ring_parameters import CBD_ETA
 
 
@@ -68,6 +69,7 @@ class RingRound:
         shape = (layout.elements, ring.limbs, ring.size)
         # One array each: adding donates its buffer.
         self._totals = [jnp.zeros(shape, jnp.uint32) for _ in range(layout.chunks)]
+        self._staged = aligned_empty((layout.chunk_bytes,), np.uint8)
         self._added_lazily = 0
         self._taken = False
 
@@ -98,7 +100,10 @@ class RingRound:
             self._key_sum.check(payload, client)
 
     def _add_chunk(self, chunk: int, payload: memoryview) -> None:
-        self._totals[chunk] = kernel.add(self._client.layout.ring, self._totals[chunk], payload)
+        # JAX reads an aligned buffer where it lies; of any other it makes a copy in new memory.
+        np.copyto(self._staged, np.frombuffer(payload, np.uint8))
+        added = kernel.add(self._client.layout.ring, self._totals[chunk], self._staged)
+        self._totals[chunk] = added.block_until_ready()  # before the buffer is written again
 
     def _reduce(self) -> None:
         ring = self._client.layout.ring

@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algori
 from numpy.typing import NDArray
 
 from fedjax_llm.secure.sums import checked_round
+from fedjax_llm_kernels.host_arrays import aligned_empty
 
 _KEY_BYTES = 32
 # Encrypted to yield the key stream; a megabyte at a time stays in the processor's cache.
@@ -22,7 +23,7 @@ _ZEROS = memoryview(bytes(2**20))
 def _key_stream(encryptor: CipherContext, size: int) -> NDArray[np.uint8]:
     """The next ``size`` bytes."""
     # Some versions of the binding ask for room for one more block.
-    out = np.empty(size + 64, np.uint8)
+    out = aligned_empty((size + 64,), np.uint8)
     view = memoryview(out)
     for start in range(0, size, len(_ZEROS)):
         stop = min(start + len(_ZEROS), size)

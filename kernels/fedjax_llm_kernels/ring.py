@@ -26,6 +26,8 @@ from .ring_parameters import choose_primes as choose_primes
 from .ring_uniform import uniform_host as uniform_host
 
 Implementation = Literal["xla", "pallas"] | None
+# What jit takes from numpy it need not copy first.
+HostOrDevice = jax.Array | NDArray[Any]
 
 __all__ = [
     "Ring",
@@ -96,10 +98,10 @@ def _uniform(ring: Ring, key_words: jax.Array, first: jax.Array, elements: int) 
 
 def encrypt(
     ring: Ring,
-    values: jax.Array,
-    a_hat: jax.Array,
+    values: HostOrDevice,
+    a_hat: HostOrDevice,
     secret_hat: jax.Array,
-    random_words: jax.Array,
+    random_words: HostOrDevice,
     implementation: Implementation = None,
 ) -> NDArray[np.uint8]:
     """Encrypts K elements of values and brings them to the host as bytes on the wire.
@@ -141,10 +143,10 @@ def encrypt(
 @partial(jax.jit, static_argnums=(0, 5))
 def encrypt_words(
     ring: Ring,
-    values: jax.Array,
-    a_hat: jax.Array,
+    values: HostOrDevice,
+    a_hat: HostOrDevice,
     secret_hat: jax.Array,
-    random_words: jax.Array,
+    random_words: HostOrDevice,
     implementation: Implementation = None,
 ) -> jax.Array:
     """`encrypt` on the device, to u32 words: their little-endian bytes go on the wire."""
@@ -235,7 +237,7 @@ def unmask(
     return _by_platform(partial(ring_xla.unmask, ring), *arguments)
 
 
-def _by_platform(function: Callable[..., Any], *arguments: jax.Array) -> Any:
+def _by_platform(function: Callable[..., Any], *arguments: HostOrDevice) -> Any:
     return jax.lax.platform_dependent(
         *arguments,
         cpu=partial(function, machine=CPU),
@@ -243,7 +245,7 @@ def _by_platform(function: Callable[..., Any], *arguments: jax.Array) -> Any:
     )
 
 
-def _pallas(function: Callable[..., Any], *arguments: jax.Array) -> Any:
+def _pallas(function: Callable[..., Any], *arguments: HostOrDevice) -> Any:
     return jax.lax.platform_dependent(
         *arguments,
         cpu=partial(function, interpret=True),

@@ -9,10 +9,10 @@ the transform's own order) is
 The others of that element and limb are rejected; the j-th of them (j from 0, in the order of i)
 is drawn again, once, as the 64-bit number (low word first)
 
-    word(1 + j div 8, l, 16 e + 2 (j mod 8)), word(1 + j div 8, l, 16 e + 2 (j mod 8) + 1)
+    word(1 + j div 64, l, 128 e + 2 (j mod 64)), word(1 + j div 64, l, 128 e + 2 (j mod 64) + 1)
 
-modulo q_l. Every element can be expanded by itself, and the second draws of many elements are a few
-short runs of keystream.
+modulo q_l. Every element can be expanded by itself, and the second draws of many elements are one
+short run of keystream, or rarely two.
 
 Formal guarantee. Take the keystream for uniform bits. Given that x is accepted it is exactly
 uniform. Otherwise it is a 64-bit number modulo q: every residue has conditional probability
@@ -40,8 +40,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .chacha import BLOCK_WORDS, keystream
+from .host_arrays import aligned_empty
 from .ring_arithmetic import MulHi, barrett, canonical, shoup
 from .ring_parameters import Ring
+
+# Second draws of an element and limb in one run of keystream: blocks, and 64-bit numbers.
+_REDRAW_BLOCKS = 8
+_REDRAWS = 8 * _REDRAW_BLOCKS
 
 Keystream = Callable[[tuple[int, int, int], int, int], Buffer]
 
@@ -75,7 +80,9 @@ def uniform_device(
 
         def draw_eight(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             group, words = state
-            stream = keystream(key_words, (limb, (1 + group).astype(jnp.uint32), 0), block)
+            run = (1 + group // _REDRAW_BLOCKS).astype(jnp.uint32)
+            within = (group % _REDRAW_BLOCKS).astype(jnp.uint32)
+            stream = keystream(key_words, (limb, run, 0), block * _REDRAW_BLOCKS + within)
             for j in range(8):
                 low, high = stream[:, 2 * j], stream[:, 2 * j + 1]
                 residue = _modulo_64(ring, high, low, limb, mulhi)
@@ -149,23 +156,26 @@ def uniform_host(
     """
     n = ring.size
     check_blocks(ring, first_element, elements)
-    residues = np.empty((elements, ring.limbs, n), np.uint32)
+    residues = aligned_empty((elements, ring.limbs, n), np.uint32)
     for limb, prime in enumerate(ring.primes):
         words = _words(keystream, (limb, 0, 0), first_element * n // 16, elements * n // 16)
-        row = residues[:, limb]
-        np.bitwise_and(
-            words.reshape(elements, n), np.uint32((1 << prime.bit_length()) - 1), out=row
-        )
-        element, i = np.divmod(np.flatnonzero(row >= prime), n)
-        if not element.size:
-            continue
-        rank = np.arange(element.size) - np.searchsorted(element, element)
-        draws = [
-            _words(keystream, (limb, 1 + group, 0), first_element, elements)
-            for group in range(int(rank.max()) // 8 + 1)
-        ]
-        numbers = np.stack(draws).view("<u8").reshape(len(draws), elements, 8)
-        row[element, i] = numbers[rank // 8, element, rank % 8] % np.uint64(prime)
+        mask = np.uint32((1 << prime.bit_length()) - 1)
+        np.bitwise_and(words.reshape(elements, n), mask, out=residues[:, limb])
+    prime_L = np.array(ring.primes, np.uint32)
+    rejected = np.flatnonzero(residues >= prime_L[:, None])
+    if not rejected.size:
+        return residues
+    row = rejected // n
+    element, limb_of = np.divmod(row, ring.limbs)
+    rank = np.arange(rejected.size) - np.searchsorted(row, row)
+    first, blocks = first_element * _REDRAW_BLOCKS, elements * _REDRAW_BLOCKS
+    draws = [
+        [_words(keystream, (limb, 1 + turn, 0), first, blocks) for limb in range(ring.limbs)]
+        for turn in range(1 + int(rank.max()) // _REDRAWS)
+    ]
+    numbers = np.array(draws, "<u4").view("<u8").reshape(-1, ring.limbs, elements, _REDRAWS)
+    drawn = numbers[rank // _REDRAWS, limb_of, element, rank % _REDRAWS]
+    residues.reshape(-1)[rejected] = drawn % prime_L.astype(np.uint64)[limb_of]
     return residues
 
 

@@ -60,7 +60,8 @@ def by_definition(ring: Ring, key: bytes, element: int) -> list[list[int]]:
         for word in first:
             x = word % 2 ** prime.bit_length()
             if x >= prime:
-                draws = words(stream((limb, 1 + rejected // 8, 0), element, 1)).tolist()
+                block = 8 * element + rejected // 8 % 8
+                draws = words(stream((limb, 1 + rejected // 64, 0), block, 1)).tolist()
                 low, high = draws[rejected % 8 * 2 : rejected % 8 * 2 + 2]
                 x = (low + (high << 32)) % prime
                 rejected += 1

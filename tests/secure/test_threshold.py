@@ -237,7 +237,7 @@ def test_rotation_gives_new_keys_and_refuses_the_old(new_round):
 def test_chunks_are_alike_and_small():
     for count in (1, 20_479, 20_480, 10**6, 10**8):
         layout = RingLayout(choose(BOUND, 8, count), count)
-        assert layout.chunk_bytes <= 2**20
+        assert layout.chunk_bytes <= 2**21
         assert layout.chunks * layout.per_chunk >= count
         # Padding stays below one element per chunk.
         spare = layout.chunks * layout.per_chunk - count
