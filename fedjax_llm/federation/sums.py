@@ -1,7 +1,7 @@
 """Which sum a federation uses. Training never knows; only the road between the clouds differs."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from fedjax_llm.errors import UserError
@@ -38,13 +38,18 @@ class _Hidden(ABC):
         Raises:
             UserError, Refused: a threshold or minimum that does not fit the number of clouds.
         """
-        threshold = majority(len(clouds)) if self.threshold is None else self.threshold
-        return self._open(tuple(clouds), threshold, size, fixed_point)
+        return self._kind()(
+            tuple(clouds),
+            threshold=majority(len(clouds)) if self.threshold is None else self.threshold,
+            count=size,
+            max_abs=fixed_point.max_int,
+            summands=len(clouds),
+            minimum_clients=self.minimum_clients,
+        )
 
     @abstractmethod
-    def _open(
-        self, clouds: tuple[str, ...], threshold: int, size: int, fixed_point: FixedPoint
-    ) -> SecureSum: ...
+    def _kind(self) -> Callable[..., SecureSum]:
+        """The sum's class; imported here, so that a run loads the libraries of its own sum only."""
 
 
 @dataclass(frozen=True)
@@ -55,19 +60,10 @@ class Masked(_Hidden):
     clients, and more than half of them have to be asked for.
     """
 
-    def _open(
-        self, clouds: tuple[str, ...], threshold: int, size: int, fixed_point: FixedPoint
-    ) -> SecureSum:
+    def _kind(self) -> Callable[..., SecureSum]:
         from fedjax_llm.secure.masked import MaskedSum
 
-        return MaskedSum(
-            clouds,
-            count=size,
-            max_abs=fixed_point.max_int,
-            summands=len(clouds),
-            threshold=threshold,
-            minimum_clients=self.minimum_clients,
-        )
+        return MaskedSum
 
 
 @dataclass(frozen=True)
@@ -77,57 +73,30 @@ class Threshold(_Hidden):
     The fast one: bulk encryption on the device, OpenFHE for its keys.
     """
 
-    def _open(
-        self, clouds: tuple[str, ...], threshold: int, size: int, fixed_point: FixedPoint
-    ) -> SecureSum:
+    def _kind(self) -> Callable[..., SecureSum]:
         from fedjax_llm.secure.threshold import ThresholdSum
 
-        return ThresholdSum(
-            clouds,
-            threshold,
-            count=size,
-            max_abs=fixed_point.max_int,
-            summands=len(clouds),
-            minimum_clients=self.minimum_clients,
-        )
+        return ThresholdSum
 
 
 @dataclass(frozen=True)
 class Bfv(_Hidden):
     """As `Threshold`, with OpenFHE's exact scheme for all of the message."""
 
-    def _open(
-        self, clouds: tuple[str, ...], threshold: int, size: int, fixed_point: FixedPoint
-    ) -> SecureSum:
+    def _kind(self) -> Callable[..., SecureSum]:
         from fedjax_llm.secure.library_sum import BfvSum
 
-        return BfvSum(
-            clouds,
-            threshold,
-            count=size,
-            max_abs=fixed_point.max_int,
-            summands=len(clouds),
-            minimum_clients=self.minimum_clients,
-        )
+        return BfvSum
 
 
 @dataclass(frozen=True)
 class Ckks(_Hidden):
     """As `Bfv`, with OpenFHE's approximate scheme; its statement gives error and caveat."""
 
-    def _open(
-        self, clouds: tuple[str, ...], threshold: int, size: int, fixed_point: FixedPoint
-    ) -> SecureSum:
+    def _kind(self) -> Callable[..., SecureSum]:
         from fedjax_llm.secure.library_sum import CkksSum
 
-        return CkksSum(
-            clouds,
-            threshold,
-            count=size,
-            max_abs=fixed_point.max_int,
-            summands=len(clouds),
-            minimum_clients=self.minimum_clients,
-        )
+        return CkksSum
 
 
 @dataclass(frozen=True, eq=False)

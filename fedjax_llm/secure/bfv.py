@@ -17,9 +17,10 @@ from fedjax_llm.secure.openfhe_scheme import (
     make_context,
     require_main_thread,
 )
-from fedjax_llm.secure.parameters import Parameters, is_prime
+from fedjax_llm.secure.parameters import Parameters
 from fedjax_llm.secure.residues import Residues, add
 from fedjax_llm.secure.shamir import scale
+from fedjax_llm_kernels.ring_parameters import is_prime
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ import math
 from dataclasses import dataclass
 
 from fedjax_llm.errors import UserError
+from fedjax_llm_kernels.ring_parameters import is_prime
 
 # From 48 bits on OpenFHE's decoding is silently wrong under the widest flooding, from 52 bits on
 # (51 with some limb sizes) under any (measured, and tested again whenever a context is made).
@@ -85,30 +86,6 @@ class Parameters:
         if count is None:
             return self.ciphertext_bytes / self.per_ciphertext
         return self.ciphertext_bytes * self.ciphertexts(count)
-
-
-def is_prime(number: int) -> bool:
-    """Miller-Rabin with the bases that make it exact below 3.3e24 (Sorenson and Webster 2017)."""
-    bases = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41)
-    if number < 2:
-        return False
-    for base in bases:
-        if number % base == 0:
-            return number == base
-    odd, twos = number - 1, 0
-    while odd % 2 == 0:
-        odd, twos = odd // 2, twos + 1
-    for base in bases:
-        power = pow(base, odd, number)
-        if power in (1, number - 1):
-            continue
-        for _ in range(twos - 1):
-            power = power * power % number
-            if power == number - 1:
-                break
-        else:
-            return False
-    return True
 
 
 def _prime_from(least: int, step: int) -> int:

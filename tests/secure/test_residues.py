@@ -6,11 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedjax_llm.errors import UserError
-from fedjax_llm.secure.parameters import HE_STANDARD_128, MAX_PLAINTEXT_BITS, choose, is_prime
+from fedjax_llm.secure.parameters import HE_STANDARD_128, MAX_PLAINTEXT_BITS, choose
 from fedjax_llm.secure.residues import Template, add, add_to, pack, packed_bytes, read, unpack
 from fedjax_llm.secure.shamir import uniform_residues
 from fedjax_llm.secure.slots import pack_slots, unpack_slots
 from fedjax_llm.secure.sums import BadMessage
+from fedjax_llm_kernels.ring_parameters import is_prime
 
 MODULI = (1099511480321, 1152921504606830593, (1 << 41) - 21, 251)
 
