@@ -7,8 +7,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedjax_llm.aggregation import factor_averaging as factor_averaging
-    from fedjax_llm.aggregation import ffa_lora as ffa_lora
+    from fedjax_llm.aggregation import RULES as RULES
+    from fedjax_llm.aggregation import FactorAveraging as FactorAveraging
+    from fedjax_llm.aggregation import FedSvd as FedSvd
+    from fedjax_llm.aggregation import FfaLora as FfaLora
+    from fedjax_llm.aggregation import LossWeights as LossWeights
+    from fedjax_llm.aggregation import Weights as Weights
     from fedjax_llm.clouds import Cloud as Cloud
     from fedjax_llm.clouds import Link as Link
     from fedjax_llm.data import CorpusSpec as CorpusSpec
@@ -28,10 +32,18 @@ if TYPE_CHECKING:
     from fedjax_llm.models import get_model as get_model
     from fedjax_llm.models import load_model as load_model
     from fedjax_llm.privacy import PrivacyPlan as PrivacyPlan
+    from fedjax_llm.training import Drift as Drift
     from fedjax_llm.training import ExamplePrivacy as ExamplePrivacy
     from fedjax_llm.training import LocalTraining as LocalTraining
 
 _HOMES = {
+    "RULES": "aggregation",
+    "FactorAveraging": "aggregation",
+    "FedSvd": "aggregation",
+    "FfaLora": "aggregation",
+    "LossWeights": "aggregation",
+    "Weights": "aggregation",
+    "Drift": "training",
     "Bfv": "federation",
     "Ckks": "federation",
     "Cloud": "clouds",
@@ -49,8 +61,6 @@ _HOMES = {
     "Selective": "federation",
     "Threshold": "federation",
     "UserError": "errors",
-    "factor_averaging": "aggregation",
-    "ffa_lora": "aggregation",
     "generate": "models",
     "get_model": "models",
     "load_corpus": "data",

@@ -127,6 +127,10 @@ def export(
     merged: Annotated[
         Path | None, typer.Option("--merged", metavar="OUT", help="The model, adapters merged in.")
     ] = None,
+    cloud: Annotated[
+        str | None,
+        typer.Option("--cloud", metavar="NAME", help="Whose, where each cloud has its own."),
+    ] = None,
 ) -> None:
     """Write what a run has learned for use elsewhere."""
     from fedjax_llm.runs import export as exports
@@ -137,8 +141,19 @@ def export(
     folder = RunFolder.open(path)
     for write, out in ((exports.export_peft, peft), (exports.export_merged, merged)):
         if out is not None:
-            write(folder, out, on_event=_print_notes)
+            write(folder, out, cloud=cloud, on_event=_print_notes)
             typer.echo(str(out))
+
+
+@app.command()
+def rules() -> None:
+    """List the aggregation rules and what each promises, and what goes with them."""
+    from rich.console import Console
+
+    from fedjax_llm.runs import rule_list
+
+    console = Console()
+    rule_list.show(Console(width=console.width if console.is_terminal else 10_000))
 
 
 @app.command()

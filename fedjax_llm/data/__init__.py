@@ -20,6 +20,12 @@ from .mapping import MappingReport as MappingReport
 from .mapping import map_rows as map_rows
 from .mapping import map_rows_counted as map_rows_counted
 from .packing import to_batch as to_batch
+from .partition import by_label as by_label
+from .partition import dirichlet as dirichlet
+from .partition import iid as iid
+from .partition import partition as partition
+from .partition import select as select
+from .poisoning import flip_labels as flip_labels
 from .readers import iter_rows as iter_rows
 from .readers import read_rows as read_rows
 from .records import Record as Record
@@ -50,18 +56,24 @@ __all__ = [
     "builtin_capacity",
     "builtin_mapping",
     "builtin_rows",
+    "by_label",
     "describe",
+    "dirichlet",
+    "flip_labels",
     "group_key",
+    "iid",
     "iter_rows",
     "load_corpus",
     "load_records",
     "map_rows",
     "map_rows_counted",
     "normalise_text",
+    "partition",
     "prompt_text",
     "read_rows",
     "render",
     "render_all",
+    "select",
     "split_by_group",
     "to_batch",
 ]

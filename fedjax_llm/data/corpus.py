@@ -5,9 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from fedjax_llm.data.builtin import builtin_capacity, builtin_mapping, builtin_rows
 from fedjax_llm.data.mapping import Mapping, MappingReport, map_rows_counted
 from fedjax_llm.data.packing import to_batch
+from fedjax_llm.data.partition import How, partition
+from fedjax_llm.data.poisoning import flip_labels
 from fedjax_llm.data.readers import read_rows
 from fedjax_llm.data.records import Record
 from fedjax_llm.data.rendering import RenderReport, TextTokenizer, render_all
@@ -33,6 +37,10 @@ class CorpusSpec:
       length: Tokens per row.
       packing: Several examples per row; must be False where an example is the unit of privacy.
       seed: Of the embedded corpora, the shuffle and the split.
+      clients: Among how many clients of the cloud the training rows are divided.
+      partition: How they are divided; see `partition.partition`.
+      concentration: Of a Dirichlet partition.
+      flipped: Whether the training answers are those of a label-flip attack.
     """
 
     sources: tuple[str, ...]
@@ -44,6 +52,10 @@ class CorpusSpec:
     length: int = 256
     packing: bool = False
     seed: int = 0
+    clients: int = 1
+    partition: How = "iid"
+    concentration: float = 0.5
+    flipped: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,7 +102,8 @@ class Corpus:
 
     Attributes:
       name: The cloud.
-      train: Rows [N, length] for training (numpy).
+      train: Rows [N, length] for training (numpy), those of one client after those of another.
+      client_rows: How many of them belong to each client.
       evaluation: Rows [N, length] for evaluation (numpy); shares no group with `train`.
       train_records: The records behind `train`, before rendering.
       evaluation_records: The records behind `evaluation`, for example to generate from.
@@ -99,6 +112,7 @@ class Corpus:
 
     name: str
     train: Batch
+    client_rows: tuple[int, ...]
     evaluation: Batch
     train_records: tuple[Record, ...]
     evaluation_records: tuple[Record, ...]
@@ -125,6 +139,9 @@ def load_corpus(
         kept = _limited(records, spec)
         train_records, evaluation_records = split_by_group(kept, spec.eval_fraction, spec.seed)
         style = (tokenizer, spec.template, spec.length, spec.system)
+        if spec.flipped:
+            train_records = flip_labels(train_records, spec.seed)
+        train_records, counts_by_client = _divided(train_records, spec)
         train, train_counts = render_all(train_records, *style)
         evaluation, evaluation_counts = render_all(evaluation_records, *style)
         for side, examples in (("training", train), ("evaluation", evaluation)):
@@ -133,9 +150,21 @@ def load_corpus(
                     f"no {side} example fits into {spec.length} tokens with a token of its answer; "
                     f"raise length"
                 )
+        batches = []
+        for first, count in counts_by_client:
+            own = train
+            if spec.clients > 1:
+                own, _ = render_all(train_records[first : first + count], *style)
+            if not own:
+                raise UserError(
+                    f"a client of {spec.clients} has no training example that fits into "
+                    f"{spec.length} tokens; use fewer clients, or raise length"
+                )
+            batches.append(to_batch(own, spec.length, spec.packing, pad_id))
         return Corpus(
             name=name,
-            train=to_batch(train, spec.length, spec.packing, pad_id),
+            train=Batch(*(np.concatenate(arrays) for arrays in zip(*batches, strict=True))),
+            client_rows=tuple(len(batch.tokens_BxT) for batch in batches),
             evaluation=to_batch(evaluation, spec.length, spec.packing, pad_id),
             train_records=tuple(train_records),
             evaluation_records=tuple(evaluation_records),
@@ -182,6 +211,17 @@ def load_records(spec: CorpusSpec, root: Path | None = None) -> tuple[list[Recor
         records += mapped
         reports.append(report)
     return records, _total(reports)
+
+
+def _divided(records: list[Record], spec: CorpusSpec) -> tuple[list[Record], list[tuple[int, int]]]:
+    """The records in the order of the clients, and where each client's begin and how many."""
+    if spec.clients == 1:
+        return records, [(0, len(records))]
+    shares = partition(records, spec.clients, spec.partition, spec.concentration, spec.seed)
+    sizes = [len(indices) for indices in shares]
+    starts = [sum(sizes[:k]) for k in range(len(sizes))]
+    ordered = [records[index] for indices in shares for index in indices]
+    return ordered, list(zip(starts, sizes, strict=True))
 
 
 def _limited(records: list[Record], spec: CorpusSpec) -> list[Record]:

@@ -1,200 +1,277 @@
-"""All clients of a round as one batched program over one frozen base model.
+"""What one client does in a round, as pure functions that the layout spreads over all of them.
 
-Clients are laid out in groups. A group is one `vmap`; a device runs its groups one after the
-other in a `scan`; devices share the groups along the mesh axis `clouds`. The size of a group, and
-with it every shape inside the program, does not depend on the number of devices: that is why one
-device and two give the same bytes.
+A client trains, then writes the message of each stage of its rule: the change, weighted, perhaps
+normalised, shortened, in fixed point. It holds no key and no data of others.
 
-Notation: K clients, padded to K' = devices x groups a device x G clients a group.
+Notation: K' clients with padding, P numbers of a message.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from fedjax_llm.aggregation import AggregationRule
+from fedjax_llm.aggregation import AggregationRule, LocalResult, NormalisedMean, Part, Round
+from fedjax_llm.aggregation.part import subset
+from fedjax_llm.aggregation.weights import LossWeights
 from fedjax_llm.federation.keys import Purpose, key_for
-from fedjax_llm.federation.message import EncodedMessage, MessageCodec
+from fedjax_llm.federation.message import (
+    EncodedMessage,
+    MessageCodec,
+    Upload,
+    WeightCodec,
+    scaled,
+)
 from fedjax_llm.lora import Adapter
-from fedjax_llm.training import ClientMetrics, ClientTable, LocalTraining, client_update
+from fedjax_llm.training import (
+    ClientMetrics,
+    ClientTable,
+    LocalTraining,
+    client_update,
+    optimizer_init,
+)
 
 PyTree = Any
-AXIS = "clouds"
+RowLossOfBase = Callable[[PyTree, Adapter, PyTree], jax.Array]
 
 
-@dataclass(frozen=True)
-class CohortLayout:
-    """Where the K clients of a run are computed.
+class ClientState(NamedTuple):
+    """What a client carries from round to round; it never leaves the client.
 
     Attributes:
-        mesh: one axis, `clouds`.
-        clients: K.
-        group: clients in one vmap, G. Memory grows with it, the result's bytes depend on it.
+        optimizer: its optimiser's state for each phase of the rule; () where it starts anew.
+        kept: the sides that it keeps for itself; empty for most rules.
+        control: its control variate for each phase; () without SCAFFOLD.
     """
 
-    mesh: Mesh
-    clients: int
-    group: int
-
-    @classmethod
-    def over(
-        cls, clients: int, group: int | None = None, devices: Sequence[jax.Device] | None = None
-    ) -> "CohortLayout":
-        """Lays `clients` out over `devices` (all by default).
-
-        Without `group`, a CPU takes one client at a time, because there batching removes
-        overhead and not arithmetic, and an accelerator takes up to eight.
-        """
-        devices = list(devices or jax.devices())
-        if group is None:
-            group = 1 if devices[0].platform == "cpu" else min(clients, 8)
-        mesh = jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
-        return cls(mesh, clients, group)
-
-    @property
-    def padded(self) -> int:
-        """K', the clients that are computed; those beyond K take no part in the sum."""
-        unit = self.mesh.size * self.group
-        return -(-self.clients // unit) * unit
-
-    def shard(self, tree: PyTree) -> PyTree:
-        """Pads host arrays [K, ...] with zeros to K' and spreads them over the devices."""
-        sharding = NamedSharding(self.mesh, PartitionSpec(AXIS))
-
-        def place(leaf: Any) -> jax.Array:
-            leaf = np.asarray(leaf)
-            width = [(0, self.padded - self.clients)] + [(0, 0)] * (leaf.ndim - 1)
-            return jax.device_put(np.pad(leaf, width), sharding)
-
-        return jax.tree.map(place, tree)
-
-    def replicate(self, tree: PyTree) -> PyTree:
-        """Puts a copy of `tree` on every device."""
-        return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
-
-    def map_clients(self, one_client: Callable[..., PyTree]) -> Callable[..., PyTree]:
-        """Turns a function of one client into one of all of them.
-
-        Args:
-            one_client: `(shared, client) -> result`, both pytrees.
-
-        Returns:
-            `(shared, clients) -> results`, where the leaves of `clients` and of the results have
-            a leading axis of K' entries, and `shared` is the same for all.
-        """
-
-        def on_device(shared: PyTree, clients: PyTree) -> PyTree:
-            grouped = jax.tree.map(
-                lambda leaf: leaf.reshape(-1, self.group, *leaf.shape[1:]), clients
-            )
-            batched = jax.vmap(one_client, in_axes=(None, 0))
-            results = jax.lax.map(lambda group: batched(shared, group), grouped)
-            return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), results)
-
-        return jax.shard_map(
-            on_device,
-            mesh=self.mesh,
-            in_specs=(PartitionSpec(), PartitionSpec(AXIS)),
-            out_specs=PartitionSpec(AXIS),
-            # Loops inside start from constants, which the checker takes for replicated values.
-            check_vma=False,
-        )
+    optimizer: tuple[PyTree, ...]
+    kept: Part
+    control: tuple[PyTree, ...]
 
 
 class ClientInputs(NamedTuple):
     """What the program needs of each client; every leaf has the leading axis K'.
 
     Attributes:
-        place: int32, the client's place in the run file; addresses its randomness.
+        place: int32, the client's place in the run; addresses its randomness.
         table: its training rows.
-        optimizer: its optimiser state.
-        weight: float32, its public weight in the mean, in (0, 1].
+        state: what it carried over.
+        weight: float32, its weight as far as it is known beforehand.
         participates: bool, whether its message enters this round; the others send zeros.
+        rank: int32, its rank.
+        steps: int32, its local steps.
     """
 
     place: jax.Array
     table: ClientTable
-    optimizer: PyTree
+    state: ClientState
     weight: jax.Array
     participates: jax.Array
+    rank: jax.Array
+    steps: jax.Array
 
 
-class ClientOutputs(NamedTuple):
-    """What each client leaves behind; every leaf has the leading axis K'.
+class Shared(NamedTuple):
+    """What is the same for all clients of a round.
 
     Attributes:
-        message: fixed-point integers, zero for clients that take no part.
-        optimizer: the optimiser state, unchanged for clients that take no part or diverged.
-        metrics: measurements of the simulator.
+        base: the frozen weights, with what a rule has folded into them.
+        round: the rule's view of the round, less its static phase.
+        control: the global control variate of the phase; () without SCAFFOLD.
+        seed: the run's key.
     """
 
-    message: EncodedMessage
-    optimizer: PyTree
+    base: PyTree
+    server: PyTree
+    number: jax.Array
+    control: PyTree
+    seed: jax.Array
+
+
+class Local(NamedTuple):
+    """What local training leaves with each client; every leaf has the leading axis K'.
+
+    Attributes:
+        after: the trained part.
+        control: change of its control variate; () without SCAFFOLD.
+        state: what it carries on; unchanged for clients that take no part or diverged.
+        metrics: measurements of the simulator; zero for clients that take no part.
+    """
+
+    after: Part
+    control: PyTree
+    state: ClientState
     metrics: ClientMetrics
 
 
-RowLossOfBase = Callable[[PyTree, Adapter, PyTree], jax.Array]
+@dataclass(frozen=True)
+class Client:
+    """The functions of one client in the rounds of one phase.
 
-
-def train_cohort(
-    layout: CohortLayout,
-    training: LocalTraining,
-    rule: AggregationRule,
-    codec: MessageCodec,
-    row_loss: RowLossOfBase,
-) -> Callable[[PyTree, Adapter, ClientInputs, jax.Array, jax.Array], ClientOutputs]:
-    """Builds the pure function that trains every client of a round.
-
-    Args:
-        layout: where clients run.
+    Attributes:
         training: the local update.
-        rule: which part of the adapter is trained and what is sent of it.
-        codec: clipping and fixed point of the message.
+        rule: what is trained and what is sent of it.
+        phase: of the rule.
+        codecs: fixed point of the message of each stage.
         row_loss: `(base, adapter, row) -> loss in nats`.
-
-    Returns:
-        `(base, adapter, clients, seed, round) -> outputs`. It holds no key and no data.
+        by_loss: weights that follow from the client's loss, or None.
+        normalised: each message is divided by its length, or None.
+        alike: messages are sent without their weight, because the server reads each.
     """
 
-    def one_client(shared: PyTree, client: ClientInputs) -> ClientOutputs:
-        base, adapter, seed, round_index = shared
-        before = rule.trainable(adapter)
+    training: LocalTraining
+    rule: AggregationRule
+    phase: int
+    codecs: tuple[MessageCodec, ...]
+    row_loss: RowLossOfBase
+    by_loss: LossWeights | None
+    normalised: NormalisedMean | None
+    alike: bool
 
-        def loss(trainable: PyTree, row: PyTree) -> jax.Array:
-            return row_loss(base, rule.replace(adapter, trainable), row)
+    def train(self, shared: Shared, client: ClientInputs) -> Local:
+        """The local update of one client."""
+        rule, phase = self.rule, self.phase
+        before = self._start(shared, client)
 
-        after, optimizer, metrics = client_update(
+        def limited(part: Part) -> Part:
+            return rule.limited(before, part, client.rank)
+
+        def loss(part: Part, row: PyTree) -> jax.Array:
+            adapter = rule.adapter(shared.server, limited(part))
+            return self.row_loss(shared.base, adapter, row)
+
+        optimizer = client.state.optimizer[phase]
+        if rule.new_coordinates:
+            optimizer = optimizer_init(self.training.optimizer, before)
+        correction: PyTree = ()
+        if self.training.drift.control:
+            own = client.state.control[phase]
+            correction = jax.tree.map(jnp.subtract, shared.control, own)
+        trained = client_update(
             loss,
-            training,
+            self.training,
             before,
-            client.optimizer,
+            optimizer,
             client.table,
-            key_for(seed, Purpose.EXAMPLE_SAMPLING, round_index, client.place),
-            key_for(seed, Purpose.LOCAL_NOISE, round_index, client.place),
+            key_for(shared.seed, Purpose.EXAMPLE_SAMPLING, shared.number, client.place),
+            key_for(shared.seed, Purpose.LOCAL_NOISE, shared.number, client.place),
+            client.steps,
+            correction,
         )
-        message = codec.encode(rule.message(before, after), client.weight)
-
-        def only_if(condition: jax.Array, new: PyTree, old: PyTree) -> PyTree:
-            return jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)
-
+        after = limited(trained.trainable)
+        kept = subset(after, rule.kept) if rule.kept else {}
+        state = ClientState(
+            _replaced(
+                client.state.optimizer, phase, () if rule.new_coordinates else trained.optimizer
+            ),
+            kept,
+            client.state.control,
+        )
+        control: PyTree = ()
+        if self.training.drift.control:
+            control = jax.tree.map(jnp.subtract, trained.gradient, client.state.control[phase])
+            state = state._replace(control=_replaced(client.state.control, phase, trained.gradient))
         # Moments that are not finite would make every later message of the client zeros as well.
-        sound = client.participates & jnp.isfinite(message.norm)
-        return ClientOutputs(
-            only_if(client.participates, message, jax.tree.map(jnp.zeros_like, message)),
-            only_if(sound, optimizer, client.optimizer),
-            only_if(client.participates, metrics, jax.tree.map(jnp.zeros_like, metrics)),
+        sound = client.participates & _finite((after, control))
+        return Local(
+            after,
+            control,
+            _only_if(sound, state, client.state),
+            _only_if(client.participates, trained.metrics, _zeros(trained.metrics)),
         )
 
-    over_clients = layout.map_clients(one_client)
+    def weigh(self, shared: Shared, client: ClientInputs, local: Local) -> jax.Array:
+        """The weight that follows from what the client found, int32 limbs; see `WeightCodec`."""
+        weight = jnp.where(client.participates, self._weight(shared, client, local), jnp.float32(0))
+        return WeightCodec.encode(weight)
 
-    def train(
-        base: PyTree, adapter: Adapter, clients: ClientInputs, seed: jax.Array, round_: jax.Array
-    ) -> ClientOutputs:
-        return over_clients((base, adapter, seed, round_), clients)
+    def send(
+        self,
+        stage: int,
+        shared: Shared,
+        client: ClientInputs,
+        local: Local,
+        public: PyTree,
+        inverse_weight: jax.Array | None,
+    ) -> EncodedMessage:
+        """The message of a stage.
 
-    return train
+        Args:
+            stage: static.
+            shared: the round.
+            client: inputs.
+            local: what it trained.
+            public: what the server made of the stage before.
+            inverse_weight: one over the sum of the weights that follow from results; None where
+                there is none.
+        """
+        tree = self.upload(stage, shared, client, local, public, inverse_weight)
+        message = self.codecs[stage].encode(tree)
+        return _only_if(client.participates, message, _zeros(message))
+
+    def upload(
+        self,
+        stage: int,
+        shared: Shared,
+        client: ClientInputs,
+        local: Local,
+        public: PyTree,
+        inverse_weight: jax.Array | None,
+    ) -> Upload:
+        """The message of a stage in float32, before it is shortened and rounded."""
+        round_ = self.round(shared)
+        result = LocalResult(self._start(shared, client), local.after, client.rank)
+        message = self.rule.message(round_, result, stage, public)
+        if self.normalised is not None:
+            message = self.normalised.of(message)
+        if not self.alike:
+            message = scaled(message, self._share(shared, client, local, inverse_weight))
+        return Upload(message, local.control if stage == 0 else ())
+
+    def round(self, shared: Shared) -> Round:
+        """The round as the rule sees it."""
+        key = key_for(shared.seed, Purpose.RULE, shared.number)
+        return Round(shared.server, self.phase, shared.number, key)
+
+    def _share(
+        self, shared: Shared, client: ClientInputs, local: Local, inverse: jax.Array | None
+    ) -> jax.Array:
+        if inverse is None and self.by_loss is None:
+            return client.weight
+        weight = self._weight(shared, client, local)
+        return weight if inverse is None else weight * inverse
+
+    def _weight(self, shared: Shared, client: ClientInputs, local: Local) -> jax.Array:
+        weight = client.weight
+        if self.by_loss is not None:
+            rows = jnp.maximum(local.metrics.rows, jnp.float32(1))
+            weight = self.by_loss.weight(weight, local.metrics.loss_sum / rows)
+        if self.rule.weighs_by_result:
+            result = LocalResult(self._start(shared, client), local.after, client.rank)
+            weight = weight * self.rule.weight(self.round(shared), result)
+        return weight
+
+    def _start(self, shared: Shared, client: ClientInputs) -> Part:
+        start = self.rule.start(self.round(shared), client.rank)
+        kept = client.state.kept
+        return {name: sides | kept.get(name, {}) for name, sides in start.items()}
+
+
+def _replaced(states: tuple[PyTree, ...], phase: int, state: PyTree) -> tuple[PyTree, ...]:
+    return (*states[:phase], state, *states[phase + 1 :])
+
+
+def _only_if(condition: jax.Array, new: PyTree, old: PyTree) -> PyTree:
+    return jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)
+
+
+def _zeros(tree: PyTree) -> PyTree:
+    return jax.tree.map(jnp.zeros_like, tree)
+
+
+def _finite(tree: PyTree) -> jax.Array:
+    """Whether the sum of squares of a tree is finite in float32."""
+    squares = [jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree)]
+    return jnp.isfinite(jnp.sum(jnp.stack(squares)))

@@ -1,4 +1,4 @@
-"""Held-out loss of every cloud under the global adapter, as one program.
+"""Held-out loss of every client under an adapter, as one program.
 
 Rows of all clouds are put in one table and cut into micro-batches of a fixed size, which are
 spread over the devices; a row's loss therefore has the same bytes on one device and on several.
@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from fedjax_llm.federation.cohort import AXIS, CohortLayout
+from fedjax_llm.federation.layout import AXIS, CohortLayout
 from fedjax_llm.lora import Adapter
 from fedjax_llm.models import Batch
 
@@ -24,7 +24,7 @@ class HeldOut:
 
     Args:
         layout: the devices.
-        batches: one table of rows a cloud, numpy arrays of the same length T.
+        batches: one table of rows a client, numpy arrays of the same length T.
         batch_loss: `(base, adapter, batch) -> (nll_B in nats, tokens_B)`.
         microbatch: rows whose activations are in memory at once on a device.
     """
@@ -64,14 +64,14 @@ class HeldOut:
             )
         )
 
-    def losses(self, base: PyTree, adapter: Adapter) -> list[float]:
-        """Returns each cloud's mean loss in nats per counted token, in the clouds' order."""
+    def sums(self, base: PyTree, adapter: Adapter) -> list[tuple[float, int]]:
+        """Returns the loss in nats summed over the tokens of each table, and their number."""
         nll, tokens = jax.device_get(self._measure((base, adapter), self._table))
         nll_N = np.asarray(nll, np.float64).reshape(-1)
         tokens_N = np.asarray(tokens, np.int64).reshape(-1)
         ends = np.cumsum(self._rows)
         return [
-            float(nll_N[end - rows : end].sum() / max(tokens_N[end - rows : end].sum(), 1))
+            (float(nll_N[end - rows : end].sum()), int(tokens_N[end - rows : end].sum()))
             for end, rows in zip(ends, self._rows, strict=True)
         ]
 

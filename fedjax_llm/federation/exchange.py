@@ -1,7 +1,7 @@
 """The part of a round that crosses the boundary between clouds: who sent what, and how long."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -10,9 +10,102 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from fedjax_llm.secure.sums import SecureSum, collect
+from fedjax_llm.errors import UserError
+from fedjax_llm.federation.sums import HiddenMode, Selective
+from fedjax_llm.secure.sums import SecureSum, checked_clients, collect
 
 OnStage = Callable[[str], None]
+
+
+class HiddenSums:
+    """The open secure sums of a federation: one for each length of message and group of clouds.
+
+    Args:
+        mode: which kind.
+        clouds: all that send.
+        groups: of each cloud, where the sums of groups stay apart; one group of all if None.
+        lengths: the messages of a round: integers and the bound of their absolute value.
+
+    Raises:
+        UserError, Refused: as `sums.SumMode.open`; a selection for rounds of several lengths.
+    """
+
+    def __init__(
+        self,
+        mode: HiddenMode,
+        clouds: Sequence[str],
+        groups: Sequence[int] | None,
+        lengths: Iterable[tuple[int, int]],
+    ) -> None:
+        self._clouds = tuple(clouds)
+        members = groups or (0,) * len(clouds)
+        self._groups = tuple(
+            tuple(name for name, own in zip(clouds, members, strict=True) if own == group)
+            for group in range(max(members) + 1)
+        )
+        self._apart = groups is not None
+        wanted = dict.fromkeys(lengths)
+        if isinstance(mode, Selective) and len(wanted) > 1:
+            raise UserError(
+                "selective encryption needs a rule that sends the same parameters in every sum; "
+                "encrypt everything, or choose another rule"
+            )
+        self._open = {
+            length: tuple(mode.open(group, *length) for group in self._groups) for length in wanted
+        }
+
+    @property
+    def first(self) -> SecureSum:
+        """One of them; all hide alike."""
+        return next(iter(self._open.values()))[0]
+
+    def statement(self) -> str:
+        """Who can decrypt what."""
+        words = self.first.statement()
+        if self._apart:
+            shown = "; ".join(", ".join(group) for group in self._groups)
+            words = f"sums of {len(self._groups)} groups are opened apart ({shown}). " + words
+        return words
+
+    def check(self, online: Sequence[str]) -> None:
+        """Refuses before anybody trains in vain what the sums would refuse after."""
+        for group, secure_sum in zip(self._groups, next(iter(self._open.values())), strict=True):
+            present = [name for name in group if name in online]
+            secure_sum.check_alive(present)
+            checked_clients(present, secure_sum.minimum_clients, secure_sum.summands)
+
+    def total(
+        self,
+        length: tuple[int, int],
+        ints_CxP: jax.Array,
+        online: Sequence[str],
+        number: int,
+        ledger: "Ledger",
+        on_stage: OnStage,
+    ) -> NDArray[np.int64]:
+        """The sum over all clouds [P], or that of each group [G, P].
+
+        Args:
+            length: one of the lengths.
+            ints_CxP: int32, each cloud's message in the order of the clouds.
+            online: those that send.
+            number: of the sum, above that of any before.
+            ledger: is added to.
+            on_stage: see `encrypted_sum`.
+        """
+        totals = [
+            encrypted_sum(
+                secure_sum,
+                ints_CxP,
+                self._clouds,
+                [name for name in group if name in online],
+                number,
+                ledger,
+                on_stage,
+            )
+            for group, secure_sum in zip(self._groups, self._open[length], strict=True)
+        ]
+        return np.stack(totals) if self._apart else totals[0]
 
 
 @dataclass

@@ -22,6 +22,8 @@ class Purpose(enum.IntEnum):
     LOCAL_NOISE = 3
     CLIENT_SAMPLING = 4
     SERVER_NOISE = 5
+    RULE = 6
+    ATTACK = 7
 
 
 def seed_key(seed: int) -> jax.Array:

@@ -5,13 +5,15 @@ real-valued steps so that nothing after it but rounding can lengthen the vector,
 room for the rounding.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.flatten_util import ravel_pytree
+from numpy.typing import NDArray
 
 from fedjax_llm.errors import UserError
 from fedjax_llm.privacy import clip
@@ -26,14 +28,31 @@ _PAIRED_SUM_BITS = 25
 _COARSEST_DEFAULT = 16
 
 
+class Upload(NamedTuple):
+    """What a client sends in one stage, in float32.
+
+    Attributes:
+        message: of the aggregation rule, weighted.
+        control: change of its control variate; () without SCAFFOLD.
+    """
+
+    message: PyTree
+    control: PyTree = ()
+
+
+def scaled(tree: PyTree, weight: jax.Array) -> PyTree:
+    """A message times a weight."""
+    return jax.tree.map(lambda leaf: leaf * weight, tree)
+
+
 class EncodedMessage(NamedTuple):
     """One client's message before it is encrypted.
 
     Attributes:
         ints_P: int32, fixed-point coordinates, each within the codec's bound.
-        norm: float32, l2 norm of the change before clipping; not finite if training diverged, that
-            is if the change holds NaN, infinity, or values whose squares float32 cannot hold. It
-            depends on the client's data: with unit `client` no guarantee covers it.
+        norm: float32, l2 norm of the weighted message before clipping; not finite if training
+            diverged, that is if it holds NaN, infinity, or values whose squares float32 cannot
+            hold. It depends on the client's data: with unit `client` no guarantee covers it.
     """
 
     ints_P: jax.Array
@@ -69,18 +88,74 @@ class MessageCodec:
         fixed_point = FixedPoint(bits=bits, bound=max_norm, summands=clients)
         return cls(flat.size, max_norm, fixed_point, unravel)
 
-    def encode(self, tree: PyTree, weight: jax.Array) -> EncodedMessage:
-        """Returns the message `weight * tree`; pure, may be vmapped over clients."""
+    def encode(self, tree: PyTree) -> EncodedMessage:
+        """Returns the message of a tree; pure, may be vmapped over clients."""
         flat_P = ravel_pytree(tree)[0]
         norm = jnp.sqrt(jnp.sum(jnp.square(flat_P)))
         room = self.fixed_point.clip_norm_before_rounding(self.max_norm, self.size)
         sound_P = jnp.where(jnp.isfinite(norm), flat_P, jnp.float32(0))
-        clipped_P, _ = clip(sound_P * weight, room)
+        clipped_P, _ = clip(sound_P, room)
         return EncodedMessage(self.fixed_point.encode(clipped_P), norm)
 
     def decode(self, total_P: jax.Array) -> jax.Array:
         """Returns the integer sum in float32 units of the parameters."""
         return total_P.astype(jnp.float32) * jnp.float32(self.fixed_point.step)
+
+
+class WeightCodec:
+    """A weight that follows from private results, as integers that add up.
+
+    Four limbs of 16 bits hold weights from 2^-48 to below 2^16 with float32's whole precision, so
+    that a sum of very unequal weights is as good as one of equal ones. Sums of up to 2^15 clients
+    fit 32 bits.
+
+    | weight | result |
+    |---|---|
+    | 0 | zeros |
+    | below 2^-48 | 0 |
+    | 2^16 or more, NaN | -1 in the first limb, which `check` refuses by name |
+    """
+
+    LIMBS = 4
+    MAX_INT = 2**16
+    _BITS = 16
+
+    @classmethod
+    def encode(cls, weight: jax.Array) -> jax.Array:
+        """int32 [4], each limb in [0, 2^16)."""
+        base = jnp.float32(2**cls._BITS)
+        inside = (weight >= 0) & (weight < base)
+        rest = jnp.where(inside, weight, jnp.float32(0))
+        limbs = []
+        for _ in range(cls.LIMBS):
+            limb = jnp.floor(rest)
+            limbs.append(limb.astype(jnp.int32))
+            rest = (rest - limb) * base
+        return jnp.where(inside, jnp.stack(limbs), jnp.array([-1, 0, 0, 0], jnp.int32))
+
+    @classmethod
+    def decode(cls, total_4: jax.Array) -> jax.Array:
+        """The sum of weights in float32."""
+        step = jnp.float32(2.0**-cls._BITS)
+        total = jnp.float32(0)
+        for limb in reversed(range(cls.LIMBS)):
+            total = total * step + total_4[limb].astype(jnp.float32)
+        return total
+
+    @staticmethod
+    def check(limbs_Kx4: NDArray[np.int32], names: Sequence[str], round_number: int) -> None:
+        """Raises UserError for a weight that cannot be sent, or when all are zero."""
+        for name, limbs in zip(names, limbs_Kx4, strict=True):
+            if limbs[0] < 0:
+                raise UserError(
+                    f"round {round_number}: the weight of client {name!r} is not a number below "
+                    '2^16, its loss or update is not finite; use weights = "uniform"'
+                )
+        if not np.any(limbs_Kx4):
+            raise UserError(
+                f"round {round_number}: the weights of all clients are zero, so that no mean "
+                'exists; use weights = "uniform", or a rule that does not weigh by result'
+            )
 
 
 def fitting_bits(bits: int | None, clients: int) -> int:

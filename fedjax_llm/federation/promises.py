@@ -4,20 +4,30 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fedjax_llm.aggregation import AggregationRule
-from fedjax_llm.errors import Refused
+from fedjax_llm.aggregation import AggregationRule, LossWeights, NormalisedMean, Weights
+from fedjax_llm.aggregation.robust import Combine, GroupRobust
+from fedjax_llm.errors import Refused, UserError
 from fedjax_llm.federation.sums import Plain, Selective, SumMode
 from fedjax_llm.federation.tables import Participant, sampler_of
 from fedjax_llm.privacy import PrivacyPlan
 from fedjax_llm.training import LocalTraining
 
+Combination = NormalisedMean | Combine | GroupRobust
 
-def check_sum(rule: AggregationRule, sum_mode: SumMode) -> None:
-    """Refuses a rule that must see single messages under a sum that hides them."""
-    if rule.needs_individual_messages and not isinstance(sum_mode, Plain):
+
+def _check_sum(rule: AggregationRule, sum_mode: SumMode, combine: Combination | None) -> None:
+    """Refuses what must see single messages under a sum that hides them."""
+    if isinstance(sum_mode, Plain):
+        return
+    if rule.needs_individual_messages:
         raise Refused(
             f"rule {rule.name!r} has to read each cloud's message, which an encrypted sum hides; "
             "choose the plain sum or another rule"
+        )
+    if isinstance(combine, Combine):
+        raise Refused(
+            f"combination {combine.name!r} has to read each cloud's message, which an encrypted "
+            "sum hides; choose the plain sum, groups, or another combination"
         )
 
 
@@ -66,13 +76,85 @@ def check_selective(plan: PrivacyPlan, sum_mode: SumMode) -> None:
         )
 
 
+def check_combination(
+    rule: AggregationRule,
+    plan: PrivacyPlan,
+    training: LocalTraining,
+    sum_mode: SumMode,
+    weights: Weights,
+    by_loss: LossWeights | None,
+    combine: Combination | None,
+) -> None:
+    """Refuses parts of a federation that do not go together, with the reason.
+
+    Raises:
+        Refused: something would be read that a sum or a privacy unit hides.
+        UserError: something would have no meaning.
+    """
+    _check_sum(rule, sum_mode, combine)
+    robust = combine is not None and not isinstance(combine, NormalisedMean)
+    if plan.unit == "client":
+        if rule.needs_individual_messages or robust:
+            what = (
+                f"rule {rule.name!r}" if rule.needs_individual_messages else "a robust combination"
+            )
+            raise Refused(
+                f"{what} adds no noise to a sum, as unit 'client' needs; choose a rule that adds, "
+                "or unit 'example', where each client's message is private by itself"
+            )
+        if rule.stages > 1:
+            raise Refused(
+                f"rule {rule.name!r} releases {rule.stages} sums a round and the plan of unit "
+                "'client' accounts for one; choose another rule, or unit 'example'"
+            )
+    if robust:
+        _check_robust(rule, weights, by_loss)
+    if combine is not None and rule.stages > 1:
+        raise UserError(
+            f"rule {rule.name!r} sends sketches that only a mean can combine; leave combine out"
+        )
+    if combine is not None and rule.needs_individual_messages:
+        raise UserError(
+            f"rule {rule.name!r} combines the clients' factors itself; leave combine out"
+        )
+    if training.drift.control and (robust or rule.kept or rule.needs_individual_messages):
+        raise UserError(
+            "control variates are means over all clients of what they train; they do not go with "
+            "robust combination, with stacked or with personal adapters"
+        )
+    if training.drift.control and rule.stages > 1:
+        raise UserError(f"control variates travel in one sum; rule {rule.name!r} has several")
+
+
+def _check_robust(rule: AggregationRule, weights: Weights, by_loss: LossWeights | None) -> None:
+    if np.any(weights.contributions_K != 1) or by_loss is not None or rule.weighs_by_result:
+        raise UserError(
+            "a robust combination counts each client once: use uniform weights, and a rule that "
+            "does not weigh by result"
+        )
+
+
+def weight_kind(rule: AggregationRule, weights: Weights, by_loss: LossWeights | None) -> str:
+    """What the privacy plan calls the weights of a federation."""
+    if by_loss is not None:
+        return "loss" if by_loss.bound is None else "loss-bounded"
+    return "result" if rule.weighs_by_result else weights.kind
+
+
 def check_plan(
     plan: PrivacyPlan,
     training: LocalTraining,
     participants: Sequence[Participant],
-    weights_K: np.ndarray,
+    weights: str,
 ) -> None:
-    """Refuses a run whose training, data or weights are not those that the plan accounts for."""
+    """Refuses a run whose training, data or weights are not those that the plan accounts for.
+
+    Args:
+        plan: what is promised.
+        training: what clients do.
+        participants: the clients.
+        weights: `weight_kind` of what weighs them.
+    """
     if (plan.unit == "example") != (training.privacy is not None):
         raise Refused(
             f"the plan's unit is {plan.unit!r} but local training "
@@ -85,8 +167,12 @@ def check_plan(
             raise Refused(
                 f"the plan accounts for {plan.units} clients, there are {len(participants)}"
             )
-        if np.any(weights_K != 1):
+        if plan.weights != weights and weights in ("examples", "tokens"):
             raise Refused("weights other than uniform depend on the data that unit 'client' hides")
+    if plan.unit != "none" and plan.weights != weights:
+        raise Refused(
+            f"the clients are weighed by {weights!r}, the plan accounts for {plan.weights!r}"
+        )
 
 
 def _check_examples(

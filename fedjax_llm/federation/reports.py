@@ -1,7 +1,15 @@
 """What a round measured, as the federation reports it to whoever runs it."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+import numpy as np
+
+from fedjax_llm.clouds import Cloud, round_seconds
+from fedjax_llm.federation.exchange import Ledger
+from fedjax_llm.federation.tables import Participant
+from fedjax_llm.training import ClientMetrics
 
 
 @dataclass(frozen=True)
@@ -12,7 +20,7 @@ class CloudReport:
         online: whether it could be reached in this round.
         loss_train_nats: mean loss of the rows it trained on, None if it trained on none. Measured
             by the simulator; no privacy guarantee covers it.
-        rows: rows it trained on over all local steps.
+        rows: rows that its clients trained on over all local steps.
         uplink_bytes: what it sent: its message and its part in the decryption.
         downlink_bytes: what it received: the adapter and its part in the decryption.
         seconds_link: simulated seconds of its link for these bytes.
@@ -34,7 +42,11 @@ class RoundReport:
         round: from 1.
         clouds: by name, in the order of the run.
         tokens: positions that went through the model in training, padding included.
-        update_norm: l2 norm of the change of the global adapter.
+        update_norm: l2 norm of the mean update, before the server's optimiser.
+        aggregation_error: Frobenius distance between the product that the rule made and the mean of
+            the clients' products as they trained them, over the norm of the latter: what rule,
+            clipping, rounding and noise changed. Measured by the simulator, which sees all clients;
+            NaN for rules without a mean (personal adapters, robust combinations) or not measured.
         clipped_fraction: rows whose gradient was clipped over rows (unit `example`), else clouds
             whose message was shortened over clouds.
         clouds_diverged: clouds whose update was not finite and entered the sum as zeros; above 0
@@ -48,6 +60,7 @@ class RoundReport:
     clouds: Mapping[str, CloudReport]
     tokens: int
     update_norm: float
+    aggregation_error: float
     clipped_fraction: float
     clouds_diverged: int
     seconds: Mapping[str, float]
@@ -71,3 +84,76 @@ class RoundReport:
         if not rows:
             return None
         return sum((cloud.loss_train_nats or 0.0) * cloud.rows for cloud in trained) / rows
+
+
+def report(
+    *,
+    number: int,
+    participants: Sequence[Participant],
+    clouds: Sequence[Cloud],
+    cloud_K: Sequence[int],
+    online: Sequence[str],
+    metrics: ClientMetrics,
+    norms_K: np.ndarray,
+    private: bool,
+    max_norm: float,
+    update_norm: float,
+    error: float,
+    ledger: Ledger,
+) -> RoundReport:
+    """Puts a round's measurements together, the clients of a cloud as one.
+
+    Args:
+        number: of the round, from 1.
+        participants: the clients.
+        clouds: in order.
+        cloud_K: the cloud of each client.
+        online: clouds that could be reached.
+        metrics: of the clients, with padding.
+        norms_K: of their messages before clipping.
+        private: whether examples were clipped.
+        max_norm: of a message.
+        update_norm: see `RoundReport`.
+        error: see `RoundReport.aggregation_error`.
+        ledger: bytes and seconds.
+    """
+    count = len(participants)
+    rows_K, losses_K = (np.asarray(x, np.float64)[:count] for x in (metrics.rows, metrics.loss_sum))
+    places = np.asarray(cloud_K)
+    all_rows = max(float(rows_K.sum()), 1.0)
+    rows = {cloud.name: float(rows_K[places == c].sum()) for c, cloud in enumerate(clouds)}
+    times = round_seconds(
+        {cloud.name: cloud.link for cloud in clouds if cloud.name in online},
+        {name: ledger.received[name] for name in online},
+        {name: ledger.seconds["train"] * rows[name] / all_rows for name in online},
+        {name: ledger.sent[name] for name in online},
+    )
+    found = {}
+    for c, cloud in enumerate(clouds):
+        name = cloud.name
+        loss = float(losses_K[places == c].sum())
+        found[name] = CloudReport(
+            name in online,
+            loss / rows[name] if rows[name] else None,
+            int(rows[name]),
+            ledger.sent[name],
+            ledger.received[name],
+            times.down[name] + times.up[name] if name in times.down else 0.0,
+        )
+    if private:
+        clipped = float(np.asarray(metrics.clipped)[:count].sum()) / all_rows
+    else:
+        reached = sum(clouds[c].name in online for c in cloud_K)
+        clipped = float((norms_K > max_norm).sum()) / reached
+    length = participants[0].train.tokens_BxT.shape[1]
+    return RoundReport(
+        round=number,
+        clouds=found,
+        tokens=int(rows_K.sum()) * length,
+        update_norm=update_norm,
+        aggregation_error=error if math.isfinite(error) else math.nan,
+        clipped_fraction=clipped,
+        clouds_diverged=int(np.sum(~np.isfinite(norms_K))),
+        seconds=ledger.seconds,
+        seconds_virtual=times.seconds,
+    )

@@ -9,7 +9,7 @@ Notation: N rows, M rows of a micro-batch, P trained parameters, L layers.
 """
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from jax.flatten_util import ravel_pytree
 from numpy.typing import NDArray
 
 from fedjax_llm.aggregation import AggregationRule
+from fedjax_llm.aggregation.part import subset
 from fedjax_llm.errors import UserError
 from fedjax_llm.federation.keys import Purpose, key_for, seed_key
 from fedjax_llm.federation.objective import row_loss
@@ -32,11 +33,6 @@ PyTree = Any
 _PEFT_PREFIX, _PEFT_SUFFIX = "base_model.model.model.", ".weight"
 
 
-class _Leaf(NamedTuple):
-    path: tuple[Any, ...]
-    shape: tuple[int, ...]
-
-
 def trained_blocks(
     config: DecoderConfig, lora: LoraConfig, rule: AggregationRule
 ) -> tuple[Block, ...]:
@@ -44,18 +40,21 @@ def trained_blocks(
 
     One block for each layer and factor, such as `layers.3.self_attn.o_proj.lora_B`.
     """
-    template = jax.eval_shape(lambda key: init_adapter(config, lora, key), jax.random.key(0))
-    is_leaf = lambda node: isinstance(node, _Leaf)  # noqa: E731
-    labelled = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: _Leaf(path, leaf.shape), template
+    server = jax.eval_shape(
+        lambda key: rule.init(init_adapter(config, lora, key)), jax.random.key(0)
     )
+    if rule.stages > 1:
+        raise UserError(
+            f"rule {rule.name!r} sends sketches, which have no layers or sensitivity to select by; "
+            "encrypt everything, or choose another rule"
+        )
+    message = rule.messages(server, phase=0)[0][0]
     blocks = []
-    for path, shape in jax.tree.leaves(rule.trainable(labelled), is_leaf=is_leaf):
-        names = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
-        # ("factors", "o_proj", "b_LxRxF"): layers first, by the convention for names of arrays.
-        _, projection, factor = names
-        name = f"{layer_module(projection)}.lora_{factor[0].upper()}"
-        blocks += [Block(f"layers.{k}.{name}", tuple(shape[1:])) for k in range(shape[0])]
+    for path, array in jax.tree_util.tree_leaves_with_path(message):
+        projection, side = (str(key.key) for key in path)
+        name = f"{layer_module(projection)}.lora_{side.upper()}"
+        layers, *shape = array.shape  # layers come first in every array of a part
+        blocks += [Block(f"layers.{k}.{name}", tuple(shape)) for k in range(layers)]
     return tuple(blocks)
 
 
@@ -108,10 +107,11 @@ def measure(
 
     @jax.jit
     def squares(base: PyTree, batches: Batch) -> jax.Array:
-        trainable = rule.trainable(adapter)
+        server = rule.init(adapter)
+        trainable = subset(rule.trainable(server), rule.sent(0))
 
         def one_row(candidate: PyTree, row: Batch) -> jax.Array:
-            return row_loss(model, base, rule.replace(adapter, candidate), row, dtype, remat=False)
+            return row_loss(model, base, rule.adapter(server, candidate), row, dtype, remat=False)
 
         def add(total: PyTree, batch: Batch) -> tuple[PyTree, None]:
             grads_M = jax.vmap(jax.grad(one_row), in_axes=(None, 0))(trainable, batch)

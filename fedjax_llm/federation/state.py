@@ -6,8 +6,12 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_llm.aggregation import AggregationRule, ServerState
+from fedjax_llm.aggregation.part import subset
+from fedjax_llm.aggregation.robust import Combine, GroupRobust
+from fedjax_llm.federation.cohort import ClientState
 from fedjax_llm.federation.keys import Purpose, key_for
-from fedjax_llm.lora import LoraConfig, init_adapter
+from fedjax_llm.federation.programs import Global
+from fedjax_llm.lora import Adapter, LoraConfig, init_adapter
 from fedjax_llm.models import DecoderConfig
 from fedjax_llm.training import LocalTraining, optimizer_init
 
@@ -19,13 +23,22 @@ class FederationState(NamedTuple):
 
     Attributes:
         round: int32 scalar, rounds done.
-        server: global adapter and server optimiser.
-        clients: the clients' optimiser states, leaves [K, ...] in the order of the clouds.
+        server: adapter, server optimiser and memory of the rule.
+        clients: what the clients carry, leaves [K, ...] in their order.
+        control: the global control variate of each phase; () without SCAFFOLD.
+        combine: memory of a robust combination; () for most.
     """
 
     round: jax.Array
     server: ServerState
-    clients: PyTree
+    clients: ClientState
+    control: tuple[PyTree, ...] = ()
+    combine: PyTree = ()
+
+    @property
+    def globals(self) -> Global:
+        """What the server holds."""
+        return Global(self.server, self.control, self.combine)
 
 
 def init_state(
@@ -35,12 +48,42 @@ def init_state(
     training: LocalTraining,
     seed: jax.Array,
     clients: int,
+    combine: Combine | GroupRobust | None = None,
 ) -> FederationState:
     """Returns the state before the first round, a function of its arguments alone."""
-    adapter = init_adapter(config, lora, key_for(seed, Purpose.ADAPTER_INIT))
-    optimizer = optimizer_init(training.optimizer, rule.trainable(adapter))
+    server = rule.init(init_adapter(config, lora, key_for(seed, Purpose.ADAPTER_INIT)))
+    phases = [rule.trainable(server, phase) for phase in range(len(rule.phases))]
+    kept = subset(phases[0], rule.kept) if rule.kept else {}
+    control: tuple[PyTree, ...] = ()
+    if training.drift.control:
+        control = tuple(jax.tree.map(jnp.zeros_like, part) for part in phases)
+    client = ClientState(
+        tuple(
+            () if rule.new_coordinates else optimizer_init(training.optimizer, part)
+            for part in phases
+        ),
+        kept,
+        control,
+    )
+    memory: PyTree = ()
+    if combine is not None:
+        message = rule.messages(server, 0)[0][0]
+        memory = combine.init(sum(leaf.size for leaf in jax.tree.leaves(message)))
     return FederationState(
         jnp.int32(0),
-        rule.init(adapter),
-        jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (clients, *jnp.shape(leaf))), optimizer),
+        server,
+        jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (clients, *jnp.shape(leaf))), client),
+        control,
+        memory,
     )
+
+
+def adapter_of(rule: AggregationRule, state: FederationState, client: int | None) -> Adapter:
+    """The adapter that a client's model runs with; the global one if None.
+
+    They differ for rules by which a client keeps a part to itself.
+    """
+    if client is None or not rule.kept:
+        return state.server.adapter
+    own = jax.tree.map(lambda leaf: leaf[client], state.clients.kept)
+    return rule.adapter(state.server, own)

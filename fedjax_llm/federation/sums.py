@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from fedjax_llm.errors import UserError
-from fedjax_llm.secure.fixed_point import FixedPoint
 from fedjax_llm.secure.selective import Selection, SelectiveSum
 from fedjax_llm.secure.sums import SecureSum
 
@@ -32,8 +31,8 @@ class _Hidden(ABC):
     threshold: int | None = None
     minimum_clients: int = 2
 
-    def open(self, clouds: Sequence[str], size: int, fixed_point: FixedPoint) -> SecureSum:
-        """Sets keys up among `clouds` for messages of `size` integers.
+    def open(self, clouds: Sequence[str], size: int, max_abs: int) -> SecureSum:
+        """Sets keys up among `clouds` for messages of `size` integers up to `max_abs`.
 
         Raises:
             UserError, Refused: a threshold or minimum that does not fit the number of clouds.
@@ -42,7 +41,7 @@ class _Hidden(ABC):
             tuple(clouds),
             threshold=majority(len(clouds)) if self.threshold is None else self.threshold,
             count=size,
-            max_abs=fixed_point.max_int,
+            max_abs=max_abs,
             summands=len(clouds),
             minimum_clients=self.minimum_clients,
         )
@@ -113,18 +112,19 @@ class Selective:
     hidden: Masked | Threshold | Bfv | Ckks
     selection: Selection
 
-    def open(self, clouds: Sequence[str], size: int, fixed_point: FixedPoint) -> SecureSum:
+    def open(self, clouds: Sequence[str], size: int, max_abs: int) -> SecureSum:
         """As `hidden.open`, for the selected part of `size` integers."""
         if self.selection.mask_P.size != size:
             raise UserError(
                 f"the selection is for {self.selection.mask_P.size} parameters, a message has "
                 f"{size}; select among the blocks of this model, adapter and rule"
             )
-        hidden = self.hidden.open(clouds, self.selection.encrypted, fixed_point)
+        hidden = self.hidden.open(clouds, self.selection.encrypted, max_abs)
         return SelectiveSum(hidden, self.selection)
 
 
-SumMode = Plain | Masked | Threshold | Bfv | Ckks | Selective
+HiddenMode = Masked | Threshold | Bfv | Ckks | Selective
+SumMode = Plain | HiddenMode
 
 
 def majority(parties: int) -> int:

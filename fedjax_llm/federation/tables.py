@@ -1,7 +1,8 @@
 """The clouds and their rows, laid out for the batched program."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,12 +25,24 @@ class Participant:
         train: its training rows [N, T], numpy; with example privacy a row is one example.
         evaluation: its held-out rows [E, T], numpy.
         offline_rounds: rounds in which it cannot be reached: it neither trains nor decrypts.
+        client: a name of its own where several clients run in one cloud: their updates are summed
+            inside it before anything leaves; None for the only one.
+        rank: of what it trains, at most the adapter's; the adapter's if None.
+        local_steps: it takes in a round, at most `LocalTraining.steps`; all of them if None.
     """
 
     cloud: Cloud
     train: Batch
     evaluation: Batch
     offline_rounds: frozenset[int] = frozenset()
+    client: str | None = None
+    rank: int | None = None
+    local_steps: int | None = None
+
+    @property
+    def name(self) -> str:
+        """Of the client; the cloud's if it is the only one there."""
+        return self.client or self.cloud.name
 
     @classmethod
     def from_corpus(
@@ -39,10 +52,41 @@ class Participant:
         *,
         evaluation_rows: int | None = None,
         offline_rounds: Iterable[int] = (),
+        **settings: Any,
     ) -> "Participant":
-        """Takes a corpus's rows, of the held-out ones the first `evaluation_rows`."""
+        """Takes a corpus's rows, of the held-out ones the first `evaluation_rows`.
+
+        `settings` are the other attributes.
+        """
         evaluation = jax.tree.map(lambda leaf: leaf[:evaluation_rows], corpus.evaluation)
-        return cls(cloud, corpus.train, evaluation, frozenset(offline_rounds))
+        return cls(cloud, corpus.train, evaluation, frozenset(offline_rounds), **settings)
+
+    def divided(self, client_rows: Sequence[int]) -> list["Participant"]:
+        """This cloud as several clients, called `NAME-1`, `NAME-2` and so on; itself if one.
+
+        Args:
+            client_rows: training rows of each, in their order; held-out rows are dealt in turn.
+        """
+        count = len(client_rows)
+        if count == 1:
+            return [self]
+        ends = np.cumsum(client_rows)
+
+        def rows_of(k: int) -> Batch:
+            return jax.tree.map(lambda leaf: leaf[ends[k] - client_rows[k] : ends[k]], self.train)
+
+        def held_out(k: int) -> Batch:
+            return jax.tree.map(lambda leaf: leaf[k::count], self.evaluation)
+
+        return [
+            replace(
+                self,
+                train=rows_of(k),
+                evaluation=held_out(k),
+                client=f"{self.cloud.name}-{k + 1}",
+            )
+            for k in range(count)
+        ]
 
     @property
     def rows(self) -> int:
@@ -75,15 +119,51 @@ def client_tables(participants: Sequence[Participant], training: LocalTraining) 
     return ClientTable(rows, jnp.asarray(sizes, jnp.int32), jnp.asarray(rates, jnp.float32))
 
 
-def scaled_weights(weights: Sequence[float] | None, count: int) -> np.ndarray:
-    """Public weights scaled to a largest of 1, float32 [K]; ones if None.
+def check_participants(
+    participants: Sequence[Participant], rank: int, steps: int, ranks_differ: bool
+) -> None:
+    """Refuses participants that do not fit each other or the run.
+
+    Args:
+        participants: the clients.
+        rank: of the adapter.
+        steps: most local steps.
+        ranks_differ: whether the rule can have different ranks.
 
     Raises:
-        UserError: not `count` positive finite numbers.
+        UserError: none, two of one name, one cloud described in two ways, a rank or a number of
+            steps out of range, different ranks under a rule that cannot have them.
     """
-    if weights is None:
-        return np.ones(count, np.float32)
-    scaled = np.asarray(weights, np.float32)
-    if scaled.shape != (count,) or not np.all(np.isfinite(scaled)) or np.any(scaled <= 0):
-        raise UserError(f"weights must be {count} positive numbers, got {list(weights)}")
-    return scaled / scaled.max()
+    if not participants:
+        raise UserError("a run needs at least one cloud; name one in the run file")
+    clouds: dict[str, Cloud] = {}
+    names: set[str] = set()
+    for participant in participants:
+        cloud, name = participant.cloud, participant.name
+        if name in names:
+            what = "client" if participant.client else "cloud"
+            raise UserError(f"{what} name {name!r} is used twice; give each {what} its own")
+        if clouds.setdefault(cloud.name, cloud) != cloud:
+            raise UserError(f"cloud {cloud.name!r} has two links; its clients share one")
+        names.add(name)
+        own = rank if participant.rank is None else participant.rank
+        if not 1 <= own <= rank:
+            raise UserError(
+                f"rank of {name!r} must be between 1 and {rank}, the adapter's rank, got {own}"
+            )
+        if own != rank and not ranks_differ:
+            raise UserError(
+                f"the rule takes one rank for all, {name!r} has {own} and the adapter {rank}; "
+                "leave ranks out, or choose a rule with `ranks` in `fedjax-llm rules`"
+            )
+        taken = steps if participant.local_steps is None else participant.local_steps
+        if not 1 <= taken <= steps:
+            raise UserError(
+                f"local steps of {name!r} must be between 1 and {steps}, the run's, got {taken}"
+            )
+
+
+def clouds_of(participants: Sequence[Participant]) -> tuple[tuple[Cloud, ...], tuple[int, ...]]:
+    """The clouds in the order in which they first occur, and the place of each client's cloud."""
+    clouds = list(dict.fromkeys(participant.cloud for participant in participants))
+    return tuple(clouds), tuple(clouds.index(participant.cloud) for participant in participants)

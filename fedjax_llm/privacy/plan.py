@@ -12,7 +12,18 @@ from . import accounting
 from .epsilon import EpsilonReport, EpsilonRow
 from .sampler import SamplerSpec, Unit
 
-Weights = Literal["uniform", "examples"]
+Weights = Literal["uniform", "examples", "tokens", "loss", "loss-bounded", "result"]
+
+# What each way to weigh clients follows from, where that is not public or noised.
+_UNCERTIFIED = {
+    ("client", "examples"): "weights by number of examples depend on the data of the client",
+    ("client", "tokens"): "weights by number of tokens depend on the data of the client",
+    ("client", "loss"): "weights by loss have no bound and depend on the data of the client",
+    ("client", "result"): "weights by the norm of a result have no bound and depend on the client",
+    ("example", "tokens"): "weights by number of tokens follow from the examples without noise",
+    ("example", "loss"): "weights by loss follow from the examples without noise",
+    ("example", "loss-bounded"): "weights by loss follow from the examples without noise",
+}
 
 
 @dataclass(frozen=True)
@@ -40,7 +51,8 @@ class PrivacyPlan:
     | noise multiplier above 0 without a unit         | UserError |
     | delta outside (0, 1 / number of units)          | Refused   |
     | clip norm not positive and finite, with a unit  | UserError |
-    | unit "client" weighted by examples              | Refused   |
+    | unit "client" weighted by examples, tokens, loss or result | Refused |
+    | unit "example" weighted by tokens or loss, bounded or not | Refused |
     | unit "example" with packed rows                 | Refused   |
     | noise multiplier below 0.05                     | a plan whose reports give no epsilon |
 
@@ -53,9 +65,14 @@ class PrivacyPlan:
         clip_norm: l2 bound on a unit's contribution to one sum, and so the sum's sensitivity.
         noise_multiplier: standard deviation of the noise over `clip_norm`.
         delta: probability left outside the guarantee.
-        weights: how clouds are weighted in the mean. "examples" is allowed with unit "example",
-            where N_c is public; with unit "client" a cloud's size is its secret and its weight
-            would scale its contribution beyond the clip norm.
+        weights: how clouds are weighted in the mean. "uniform" stands for all weights that are
+            public and at most 1. "examples" is allowed with unit "example", where N_c is public;
+            with unit "client" a cloud's size is its secret. "tokens" and "loss" follow from the
+            texts without noise. "loss-bounded" is a weight of at most 1 that follows from the
+            client's own data alone, and its sum is divided by a public number: it is allowed with
+            unit "client", where the clip comes after the weight. "result" follows from the
+            noised update, which is private with unit "example", and has no bound, which unit
+            "client" would need.
         packed: whether a row of training data may hold several examples.
     """
 
@@ -73,7 +90,9 @@ class PrivacyPlan:
         if self.unit not in get_args(Unit):
             raise UserError(f"privacy unit must be none, example or client; got {self.unit}")
         if self.weights not in get_args(Weights):
-            raise UserError(f"weights must be uniform or examples; got {self.weights}")
+            raise UserError(
+                f"weights must be one of {', '.join(get_args(Weights))}; got {self.weights}"
+            )
         if self.rounds < 1:
             raise UserError(f"rounds must be at least 1, got {self.rounds}")
         if self.unit == "none":
@@ -106,11 +125,9 @@ class PrivacyPlan:
                 f"delta must be above 0 and below 1/{total} (one over the number of {unit}s), "
                 f"got {self.delta:g}: a larger one allows publishing a whole {unit}"
             )
-        if unit == "client" and self.weights == "examples":
-            raise Refused(
-                "weights by number of examples depend on the data of the client they are to "
-                "hide; use uniform weights with unit client"
-            )
+        if (why := _UNCERTIFIED.get((unit, self.weights))) is not None:
+            cure = " or loss-bounded" if unit == "client" else " or examples"
+            raise Refused(f"{why} that unit {unit} is to hide; use uniform{cure} weights")
         if unit == "client" and (len(self.units) != 1 or len(self.sampler.rates) != 1):
             raise UserError("unit client takes one number of clients and one sampling rate")
         if unit == "client" and self.sampler.steps_per_round != 1:

@@ -1,16 +1,29 @@
 """From a run file to the objects of the federation. The only place that knows both."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
 
-from fedjax_llm.aggregation import RULES, AggregationRule
+from fedjax_llm.aggregation import (
+    RULES,
+    SERVER_OPTIMIZERS,
+    AggregationRule,
+    LossWeights,
+    NormalisedMean,
+    Weights,
+    step_norm,
+)
+from fedjax_llm.aggregation.attacks import ATTACKS
+from fedjax_llm.aggregation.robust import COMBINES, Combine, GroupRobust
 from fedjax_llm.clouds import Cloud, Link
 from fedjax_llm.data import Corpus, CorpusSpec, Mapping, load_corpus
 from fedjax_llm.errors import UserError
 from fedjax_llm.federation import (
+    Attackers,
     Bfv,
     Ckks,
+    Combination,
     Federation,
     Masked,
     Participant,
@@ -22,10 +35,13 @@ from fedjax_llm.federation import (
 from fedjax_llm.lora import LoraConfig
 from fedjax_llm.models import Model, load_model
 from fedjax_llm.privacy import PrivacyPlan
+from fedjax_llm.privacy.plan import Weights as PlanWeights
 from fedjax_llm.runs.events import Note, OnEvent, Stage
 from fedjax_llm.runs.runfile import MappingSection, RunFile
 from fedjax_llm.runs.selection import selection
-from fedjax_llm.training import OPTIMIZERS, ExamplePrivacy, LocalTraining
+from fedjax_llm.training import MOMENTUM, OPTIMIZERS, Drift, ExamplePrivacy, LocalTraining
+
+LABEL_FLIP = "label-flip"
 
 
 def model(run_file: RunFile, on_event: OnEvent) -> Model:
@@ -44,7 +60,7 @@ def model(run_file: RunFile, on_event: OnEvent) -> Model:
 
 def corpora(run_file: RunFile, base: Model, on_event: OnEvent) -> list[Corpus]:
     """Reads every cloud's data and tells what became of its rows."""
-    training = run_file.training
+    training, attack = run_file.training, run_file.attack
     found = []
     for cloud in run_file.clouds:
         spec = CorpusSpec(
@@ -57,6 +73,12 @@ def corpora(run_file: RunFile, base: Model, on_event: OnEvent) -> list[Corpus]:
             length=training.sequence_length,
             packing=training.packing,
             seed=run_file.seed,
+            clients=cloud.clients,
+            partition=cloud.partition,
+            concentration=cloud.concentration,
+            flipped=attack is not None
+            and attack.name == LABEL_FLIP
+            and cloud.name in attack.clouds,
         )
         corpus = load_corpus(cloud.name, spec, base.tokenizer, base.tokenizer.pad_id)
         lines = corpus.report.lines()
@@ -77,19 +99,19 @@ def _mapping(section: MappingSection | None) -> Mapping | None:
 
 
 def plan(run_file: RunFile, examples: list[int]) -> PrivacyPlan:
-    """The privacy plan of a run whose clouds hold `examples` training rows."""
+    """The privacy plan of a run whose clients hold `examples` training rows."""
     privacy, training = run_file.privacy, run_file.training
     if privacy.unit == "none":
         return PrivacyPlan.without_privacy(run_file.rounds, training.local_steps)
     if privacy.unit == "client":
         return PrivacyPlan.for_clients(
-            len(run_file.clouds),
+            sum(cloud.clients for cloud in run_file.clouds),
             rounds=run_file.rounds,
             clip_norm=privacy.clip_norm,
             noise_multiplier=privacy.noise_multiplier,
             delta=privacy.delta,
             rate=privacy.client_rate,
-            weights=run_file.aggregation.weights,
+            weights=_plan_weights(run_file),
         )
     if privacy.sampling == "full" and set(examples) != {training.batch_size}:
         raise UserError(
@@ -105,7 +127,7 @@ def plan(run_file: RunFile, examples: list[int]) -> PrivacyPlan:
         clip_norm=privacy.clip_norm,
         noise_multiplier=privacy.noise_multiplier,
         delta=privacy.delta,
-        weights=run_file.aggregation.weights,
+        weights=_plan_weights(run_file),
         packed=training.packing,
     )
 
@@ -113,8 +135,14 @@ def plan(run_file: RunFile, examples: list[int]) -> PrivacyPlan:
 def local_training(run_file: RunFile) -> LocalTraining:
     """One client's local update, as the run file describes it."""
     training, privacy = run_file.training, run_file.privacy
+    gradients = run_file.aggregation.exchange == "gradients"
     return LocalTraining(
-        optimizer=OPTIMIZERS[training.optimizer](training.learning_rate),
+        # A step of sgd at rate 1 is minus the gradient: the server's optimiser takes the real one.
+        optimizer=(
+            OPTIMIZERS["sgd"](1.0)
+            if gradients
+            else OPTIMIZERS[training.optimizer](training.learning_rate)
+        ),
         steps=training.local_steps,
         batch_size=training.batch_size,
         microbatch=training.microbatch,
@@ -123,13 +151,87 @@ def local_training(run_file: RunFile) -> LocalTraining:
             if privacy.unit == "example"
             else None
         ),
+        drift=Drift(training.proximal, training.scaffold),
     )
+
+
+def _plan_weights(run_file: RunFile) -> PlanWeights:
+    """What the privacy plan calls the weights of the clients."""
+    if RULES[run_file.aggregation.rule].weighs_by_result:
+        return "result"
+    kind = run_file.aggregation.weights
+    return "uniform" if kind == "public" else kind
 
 
 def rule(run_file: RunFile) -> AggregationRule:
     """The aggregation rule with its server optimiser."""
     section = run_file.aggregation
-    return RULES[section.rule](OPTIMIZERS[section.server_optimizer](section.server_learning_rate))
+    optimizer = SERVER_OPTIMIZERS[section.server_optimizer](section.server_learning_rate)
+    return RULES[section.rule](optimizer)
+
+
+def combination(run_file: RunFile) -> Combination | None:
+    """How messages, or the sums of groups, are combined; None is the mean."""
+    section = run_file.aggregation
+    if section.combine == "mean":
+        return None
+    if section.combine == "normalised":
+        return NormalisedMean()
+    robust = COMBINES[section.combine](section.byzantine, section.radius)
+    return robust if section.groups is None else GroupRobust(section.groups, robust)
+
+
+def robust(run_file: RunFile) -> Combine | GroupRobust | None:
+    """The robust combination, which may carry a memory; None for the means."""
+    found = combination(run_file)
+    return None if isinstance(found, NormalisedMean) else found
+
+
+def weights(run_file: RunFile, data: Sequence[Corpus]) -> Weights | LossWeights:
+    """What each client counts in the mean."""
+    section, training = run_file.aggregation, run_file.training
+    if section.weights in ("loss", "loss-bounded"):
+        own = section.loss_weights
+        bound = own.bound if section.weights == "loss-bounded" else None
+        return LossWeights(own.alpha, bound, own.loss, own.rows, own.up_mbps)
+    clients = [
+        (cloud, corpus, k)
+        for cloud, corpus in zip(run_file.clouds, data, strict=True)
+        for k in range(cloud.clients)
+    ]
+    values: list[float] | None = None
+    if section.weights == "public":
+        values = [cloud.weight for cloud, _, _ in clients]
+    elif section.weights == "examples":
+        values = [corpus.client_rows[k] for _, corpus, k in clients]
+    elif section.weights == "tokens":
+        values = [_answer_tokens(corpus, k) for _, corpus, k in clients]
+    norms = None
+    if section.normalise_steps:
+        momentum = MOMENTUM.get(training.optimizer, 0.0)
+        norms = [
+            step_norm(cloud.local_steps or training.local_steps, momentum)
+            for cloud, _, _ in clients
+        ]
+    kind = section.weights if section.weights in ("examples", "tokens") else "uniform"
+    return Weights.of(values, len(clients), norms=norms, kind=kind)
+
+
+def _answer_tokens(corpus: Corpus, client: int) -> int:
+    first = sum(corpus.client_rows[:client])
+    rows = corpus.train.loss_mask_BxT[first : first + corpus.client_rows[client]]
+    return int(rows.sum())
+
+
+def attackers(run_file: RunFile) -> Attackers | None:
+    """The clients that send something else than what they trained; a label flip is in the data."""
+    attack = run_file.attack
+    if attack is None or attack.name == LABEL_FLIP:
+        return None
+    malicious = tuple(
+        cloud.name in attack.clouds for cloud in run_file.clouds for _ in range(cloud.clients)
+    )
+    return Attackers(ATTACKS[attack.name], malicious, attack.scale)
 
 
 def lora(run_file: RunFile) -> LoraConfig:
@@ -163,27 +265,33 @@ def sum_mode(run_file: RunFile, base: Model) -> SumMode:
 def federation(run_file: RunFile, base: Model, data: list[Corpus]) -> Federation:
     """Builds the federation; runs the key ceremony when the sum is encrypted."""
     training, secure = run_file.training, run_file.secure
-    examples = [len(corpus.train.tokens_BxT) for corpus in data]
+    examples = [rows for corpus in data for rows in corpus.client_rows]
     at_once = training.clients_at_once
     return Federation(
         base,
         [
-            Participant.from_corpus(
+            client
+            for cloud, corpus in zip(run_file.clouds, data, strict=True)
+            for client in Participant.from_corpus(
                 Cloud(cloud.name, Link(**cloud.link.model_dump())),
                 corpus,
                 evaluation_rows=run_file.evaluation.examples_per_cloud,
                 offline_rounds=cloud.offline_rounds,
-            )
-            for cloud, corpus in zip(run_file.clouds, data, strict=True)
+                rank=cloud.rank,
+                local_steps=cloud.local_steps,
+            ).divided(corpus.client_rows)
         ],
         lora=lora(run_file),
         training=local_training(run_file),
         rule=rule(run_file),
         plan=plan(run_file, examples),
         sum_mode=sum_mode(run_file, base),
+        combine=combination(run_file),
         update_bound=secure.update_bound,
         value_bits=secure.bits,
-        weights=examples if run_file.aggregation.weights == "examples" else None,
+        weights=weights(run_file, data),
+        attackers=attackers(run_file),
+        measure_error=run_file.evaluation.aggregation_error,
         seed=run_file.seed,
         dtype=jnp.dtype(run_file.model.dtype),
         remat=training.remat,

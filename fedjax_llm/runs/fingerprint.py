@@ -32,6 +32,7 @@ PyTree = Any
 Fingerprint = dict[str, str]
 
 _SECTIONS = ("adapter", "training", "aggregation", "privacy", "secure")
+_OF_CLOUDS = {"rank", "local_steps", "weight", "clients", "partition", "concentration"}
 _MEMORY = {"microbatch", "remat", "clients_at_once"}
 
 
@@ -52,6 +53,13 @@ def of(run_file: RunFile, base: Model, corpora: Sequence[Corpus]) -> Fingerprint
         if kept.get("selective") is not None:
             kept["selective"] = _selective(kept["selective"])
         found[f"section [{name}]"] = _text(kept)
+    own = [cloud.model_dump(mode="json", include=_OF_CLOUDS) for cloud in run_file.clouds]
+    if run_file.aggregation.weights in ("loss", "loss-bounded"):
+        # Elsewhere a link is a matter of time and money; here it weighs its cloud.
+        own += [cloud.link.model_dump(mode="json") for cloud in run_file.clouds]
+    found["settings of the clouds"] = _text(own)
+    if run_file.attack is not None:
+        found["section [attack]"] = _text(run_file.attack.model_dump(mode="json"))
     found["model"] = _text([repr(base.config), _arrays(base.base)])
     found["tokenizer"] = base.tokenizer.sha256
     for corpus in corpora:

@@ -4,6 +4,7 @@ A round is done when its checkpoint is complete. Its metrics travel inside the c
 a process killed between checkpoint and metrics line loses neither.
 """
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,6 @@ from fedjax_llm.data import Record, prompt_text
 from fedjax_llm.errors import UserError
 from fedjax_llm.federation import Federation, FederationState, RoundReport
 from fedjax_llm.models import Model, generate
-from fedjax_llm.privacy import PrivacyPlan
 from fedjax_llm.runs import build, fingerprint, machine, metrics, report, runfile, summary
 from fedjax_llm.runs.checkpoints import Checkpoints
 from fedjax_llm.runs.events import (
@@ -28,6 +28,7 @@ from fedjax_llm.runs.events import (
 from fedjax_llm.runs.folder import RunFolder
 from fedjax_llm.runs.metrics import CloudRecord, RoundRecord
 from fedjax_llm.runs.runfile import RunFile
+from fedjax_llm.runs.runfile_aggregation import AttackSection
 from fedjax_llm.runs.summary import Sample, Summary
 from fedjax_llm.runs.tensorboard import TensorBoard
 
@@ -56,6 +57,8 @@ def run(run_file: RunFile, folder: RunFolder, *, on_event: OnEvent = ignore) -> 
     plan = federation.plan
     on_event(Note(federation.statement()))
     on_event(Note(plan.statement()))
+    if run_file.attack is not None:
+        on_event(Note(_attack_statement(run_file.attack)))
 
     initial = federation.init()
     checkpoints = Checkpoints(folder.checkpoints, run_file.checkpoint.keep)
@@ -84,7 +87,7 @@ def run(run_file: RunFile, folder: RunFolder, *, on_event: OnEvent = ignore) -> 
                 _finish_round(folder, checkpoints, board, initial, record, identity, on_event)
             for number in range(int(state.round) + 1, run_file.rounds + 1):
                 on_event(RoundStarted(number, run_file.rounds))
-                state, record = _one_round(federation, plan, run_file, state, on_event)
+                state, record = _one_round(federation, run_file, state, on_event)
                 _finish_round(folder, checkpoints, board, state, record, identity, on_event)
     finally:
         checkpoints.close()
@@ -95,7 +98,7 @@ def run(run_file: RunFile, folder: RunFolder, *, on_event: OnEvent = ignore) -> 
         seed=run_file.seed,
         privacy_statement=plan.statement(),
         secure_statement=federation.statement(),
-        sample=_sample(run_file, base, initial, state, on_event),
+        sample=_sample(run_file, base, federation, (initial, state), on_event),
         parameters_trained=federation.parameters,
         encrypted_fraction=federation.encrypted_fraction,
         versions=machine.versions(),
@@ -118,6 +121,11 @@ def resume(path: Path, *, on_event: OnEvent = ignore) -> Summary:
         on_event(Stage("report"))
         report.write(folder)
         return result
+
+
+def _attack_statement(attack: AttackSection) -> str:
+    clouds = ", ".join(attack.clouds)
+    return f"simulated attack: {clouds} do {attack.name} at scale {attack.scale:g} in every round"
 
 
 def _finished(run_file: RunFile, folder: RunFolder) -> Summary | None:
@@ -148,7 +156,6 @@ def _before_training(
 
 def _one_round(
     federation: Federation,
-    plan: PrivacyPlan,
     run_file: RunFile,
     state: FederationState,
     on_event: OnEvent,
@@ -167,17 +174,31 @@ def _one_round(
         losses = federation.evaluate(state)
         seconds_evaluate = time.perf_counter() - before
     on_event(Progress(len(stages), len(stages), "evaluate"))
-    record = _record(done, losses, plan)
+    record = _record(done, losses, federation)
     record["seconds_evaluate"] = seconds_evaluate
     record["seconds_round"] = time.perf_counter() - started
     return state, record
 
 
-def _record(done: RoundReport, losses: dict[str, float], plan: PrivacyPlan) -> RoundRecord:
+def epsilon_by_cloud(federation: Federation, rounds: int) -> dict[str, float]:
+    """The epsilon of each cloud's examples, the largest of its clients; empty for other units."""
+    plan = federation.plan
+    if plan.unit != "example":
+        return {}
+    found: dict[str, float] = {}
+    epsilons = plan.epsilon_per_cloud(rounds) or ()
+    for participant, epsilon in zip(federation.participants, epsilons, strict=True):
+        name = participant.cloud.name
+        found[name] = max(found.get(name, 0.0), epsilon)
+    return found
+
+
+def _record(done: RoundReport, losses: dict[str, float], federation: Federation) -> RoundRecord:
+    plan = federation.plan
     spent = plan.report(done.round)
-    per_cloud = plan.epsilon_per_cloud(done.round) if plan.unit == "example" else None
+    per_cloud = epsilon_by_cloud(federation, done.round)
     clouds: dict[str, CloudRecord] = {}
-    for index, (name, cloud) in enumerate(done.clouds.items()):
+    for name, cloud in done.clouds.items():
         clouds[name] = CloudRecord(
             loss_train_nats=cloud.loss_train_nats,
             examples=cloud.rows,
@@ -190,7 +211,7 @@ def _record(done: RoundReport, losses: dict[str, float], plan: PrivacyPlan) -> R
         if spent.epsilon is None:
             clouds[name]["epsilon_reason"] = spent.reason or ""
         else:
-            clouds[name]["epsilon"] = spent.epsilon if per_cloud is None else per_cloud[index]
+            clouds[name]["epsilon"] = per_cloud.get(name, spent.epsilon)
     record = RoundRecord(
         round=done.round,
         loss_train_nats=done.loss_train_nats,
@@ -206,6 +227,7 @@ def _record(done: RoundReport, losses: dict[str, float], plan: PrivacyPlan) -> R
         tokens=done.tokens,
         tokens_per_second=done.tokens / done.seconds["train"],
         update_norm=done.update_norm,
+        aggregation_error=done.aggregation_error,
         clipped_fraction=done.clipped_fraction,
         clouds_diverged=done.clouds_diverged,
         clouds=clouds,
@@ -246,11 +268,19 @@ def _finish_round(
 def _sample(
     run_file: RunFile,
     base: Model,
-    initial: FederationState,
-    final: FederationState,
+    federation: Federation,
+    states: Sequence[FederationState],
     on_event: OnEvent,
 ) -> Sample | None:
-    """One answer of the model as it was and as it has become."""
+    """One answer of the model as it was and as it has become; of the first cloud's, if it differs.
+
+    Args:
+        run_file: holds the prompt.
+        base: the model.
+        federation: says what a state's model is.
+        states: before and after.
+        on_event: is told.
+    """
     prompt = run_file.evaluation.prompt
     if prompt is None:
         return None
@@ -260,13 +290,13 @@ def _sample(
     ids = tokenizer.encode(
         prompt_text(record, tokenizer, training.template, training.system_prompt)
     )
-    before, after = (
-        tokenizer.decode(
-            generate(base, state.server.adapter, ids, run_file.evaluation.max_new_tokens)
-        ).strip()
-        for state in (initial, final)
-    )
-    return Sample(prompt, before, after)
+    answers = []
+    for state in states:
+        weights, adapter = federation.model_of(state, federation.names[0])
+        trained = dataclasses.replace(base, base=weights)
+        tokens = generate(trained, adapter, ids, run_file.evaluation.max_new_tokens)
+        answers.append(tokenizer.decode(tokens).strip())
+    return Sample(prompt, *answers)
 
 
 def _mean(losses: Sequence[float]) -> float:

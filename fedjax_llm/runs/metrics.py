@@ -55,6 +55,7 @@ class RoundRecord(TypedDict, total=False):
     tokens: int
     tokens_per_second: float
     update_norm: float | None
+    aggregation_error: float | None
     clipped_fraction: float | None
     clouds_diverged: int
     clouds: dict[str, CloudRecord]

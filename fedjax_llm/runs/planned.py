@@ -19,7 +19,7 @@ def privacy_plan(run_file: RunFile, *, on_event: OnEvent = ignore) -> PrivacyPla
     if run_file.privacy.unit != "example":
         return build.plan(run_file, [])
     corpora = build.corpora(run_file, build.model(run_file, on_event), on_event)
-    return build.plan(run_file, [len(corpus.train.tokens_BxT) for corpus in corpora])
+    return build.plan(run_file, [rows for corpus in corpora for rows in corpus.client_rows])
 
 
 def rounds_to_show(rounds: int, lines: int = 10) -> list[int]:

@@ -7,13 +7,20 @@ becomes one line that names the file, the line, the key and the cure.
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import tomli_w
 from pydantic import Field, ValidationError, model_validator
 
 from fedjax_llm.errors import Refused, UserError
 from fedjax_llm.runs import toml_errors
+from fedjax_llm.runs.runfile_aggregation import AggregationSection as AggregationSection
+from fedjax_llm.runs.runfile_aggregation import (
+    AttackSection,
+    CombineName,
+    check_aggregation,
+    check_attack,
+)
 from fedjax_llm.runs.runfile_errors import Where, explained, problem, syntax_error
 from fedjax_llm.runs.runfile_overrides import apply_override
 from fedjax_llm.runs.runfile_secure import SecureSection as SecureSection
@@ -57,7 +64,10 @@ class AdapterSection(Section):
 
 
 class TrainingSection(Section):
-    """[training]: one client's local update. `batch_size` is the expected batch size."""
+    """[training]: one client's local update. `batch_size` is the expected batch size.
+
+    `proximal` is the mu of FedProx; `scaffold` adds control variates, and as much again to send.
+    """
 
     local_steps: Count = 4
     batch_size: Count = 8
@@ -65,6 +75,8 @@ class TrainingSection(Section):
     sequence_length: Annotated[int, Field(ge=8)] = 256
     optimizer: Optimizer = "adamw"
     learning_rate: Positive = 1e-3
+    proximal: NotNegative = 0.0
+    scaffold: bool = False
     template: Literal["chat", "plain"] = "chat"
     system_prompt: str = ""
     packing: bool = False
@@ -76,15 +88,6 @@ class TrainingSection(Section):
         if self.clients_at_once != "auto" and self.clients_at_once < 1:
             raise problem(("clients_at_once",), 'must be at least 1 or "auto"')
         return self
-
-
-class AggregationSection(Section):
-    """[aggregation]: how the updates of the clouds become one, and the server's optimiser."""
-
-    rule: Text = "ffa"
-    weights: Literal["uniform", "examples"] = "uniform"
-    server_optimizer: Optimizer = "sgd"
-    server_learning_rate: Positive = 1.0
 
 
 class PrivacySection(Section):
@@ -99,13 +102,18 @@ class PrivacySection(Section):
 
 
 class EvaluationSection(Section):
-    """[evaluation]: held-out loss every `every_rounds`, and one sample answer before and after."""
+    """[evaluation]: held-out loss every `every_rounds`, and one sample answer before and after.
+
+    `aggregation_error` compares each round's result with the mean of the clients' products, which
+    takes memory for every client's adapter.
+    """
 
     every_rounds: Count = 1
     examples_per_cloud: Count = 32
     microbatch: Count = 8
     prompt: Text | None = None
     max_new_tokens: Count = 64
+    aggregation_error: bool = True
 
 
 class CheckpointSection(Section):
@@ -140,12 +148,22 @@ class Cloud(Section):
     """[[clouds]]: one site with its own data and its own link.
 
     In `offline_rounds` it cannot be reached: neither its update nor its part of a decryption come.
+    `rank` and `local_steps` are this cloud's own, at most those of [adapter] and [training];
+    `weight` counts with [aggregation] weights = "public". With `clients` above 1 its training rows
+    are divided by `partition` (dirichlet takes `concentration`) among so many clients, whose
+    updates are summed inside the cloud before anything leaves it.
     """
 
     name: str = Field(min_length=1, max_length=64)
     link: Link = Link()
     data: DataSection
     offline_rounds: Annotated[tuple[Count, ...], Field(strict=False)] = ()
+    rank: Count | None = None
+    local_steps: Count | None = None
+    weight: Positive = 1.0
+    clients: Count = 1
+    partition: Literal["iid", "dirichlet", "label"] = "iid"
+    concentration: Positive = 0.5
 
 
 class RunFile(Section):
@@ -162,6 +180,7 @@ class RunFile(Section):
     secure: SecureSection = SecureSection()
     evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    attack: AttackSection | None = None
     clouds: Annotated[tuple[Cloud, ...], Field(strict=False, min_length=1)]
 
     @model_validator(mode="after")
@@ -170,6 +189,17 @@ class RunFile(Section):
         for index, name in enumerate(names):
             if name in names[:index]:
                 raise problem(("clouds", index, "name"), "must be unique among the clouds")
+        check_aggregation(self.aggregation, self.training.local_steps, self.secure.sum)
+        check_attack(self.attack, names)
+        for index, cloud in enumerate(self.clouds):
+            for key, own, whole, section in (
+                ("rank", cloud.rank, self.adapter.rank, "adapter"),
+                ("local_steps", cloud.local_steps, self.training.local_steps, "training"),
+            ):
+                if own is not None and own > whole:
+                    raise problem(
+                        ("clouds", index, key), f"must be at most {whole}, [{section}] {key}"
+                    )
         privacy = self.privacy
         check_secure(self.secure, len(names), privacy.unit, privacy.noise_multiplier)
         if self.privacy.unit != "none" and self.privacy.sampling == "fixed":
@@ -233,17 +263,21 @@ def _check_rule(run_file: RunFile, data: dict[str, Any], where: Where) -> None:
     """The rule exists, and does not have to read single messages that the sum hides."""
     # Imported here: it brings JAX, which those who only want the classes need not wait for.
     from fedjax_llm.aggregation import RULES
-    from fedjax_llm.training import OPTIMIZERS
 
     key: toml_errors.Path = ("aggregation", "rule")
     name, sum_name = run_file.aggregation.rule, run_file.secure.sum
+    if name in get_args(CombineName):
+        raise UserError(
+            f"{where(key)}: [aggregation] rule says what is trained, and {toml_errors.shown(name)} "
+            f'combines messages; write combine = {toml_errors.shown(name)} beside rule = "ffa"'
+        )
     if name not in RULES:
         guess = toml_errors.nearest(name, RULES)
         hint = f"; did you mean {toml_errors.shown(guess)}?" if guess else ""
         valid = ", ".join(toml_errors.shown(rule) for rule in RULES)
         got = toml_errors.shown(name)
         raise UserError(f"{where(key)}: [aggregation] rule must be one of {valid}, got {got}{hint}")
-    if sum_name != "plain" and RULES[name](OPTIMIZERS["sgd"](1.0)).needs_individual_messages:
+    if sum_name != "plain" and RULES[name].needs_individual_messages:
         raise Refused(
             f'{where(key)}: [aggregation] rule "{name}" has to read the message of each cloud, '
             f'which [secure] sum = "{sum_name}" hides; choose another rule or sum = "plain"'

@@ -6,6 +6,7 @@ the compiled program and binds it while tracing, so it is never baked in as a co
 Notation: S local steps, N rows of the client's table, B rows a step, M rows a micro-batch.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fedjax_llm.errors import UserError
 from fedjax_llm.privacy import (
     gaussian_noise_like,
     poisson_clipped_grad_sum,
@@ -40,15 +42,41 @@ class ExamplePrivacy:
 
 
 @dataclass(frozen=True)
+class Drift:
+    """Two ways to keep clients of different data from drifting apart during their local steps.
+
+    Both act on the gradient after clipping and noise, by what the client has been sent or has
+    computed from noised gradients, so that under example privacy they are post-processing.
+
+    Attributes:
+        proximal: mu of FedProx (arXiv 1812.06127, algorithm 2), which adds mu / 2 times the squared
+            distance to the global values to the loss; 0 is none.
+        control: SCAFFOLD (arXiv 1910.06378, algorithm 1): the gradient is corrected by the global
+            control variate minus the client's own. A client's next one is the mean of its gradients
+            over the local steps: the paper's option II, whose (x - y) / (S eta) is that mean for
+            sgd, and which in this form holds for any local optimiser. It doubles the uplink.
+    """
+
+    proximal: float = 0.0
+    control: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises UserError for a mu that is negative or not finite."""
+        if not 0 <= self.proximal < math.inf:
+            raise UserError(f"proximal must be zero or more and finite, got {self.proximal}")
+
+
+@dataclass(frozen=True)
 class LocalTraining:
     """What every client does between two broadcasts.
 
     Attributes:
         optimizer: the client's optax transformation; its state stays with the client.
-        steps: local optimiser steps a round, S.
+        steps: local optimiser steps a round, S; the most where clients take different numbers.
         batch_size: rows a step, B; the expected number where rows are Poisson-sampled.
         microbatch: rows whose activations are in memory at once, M.
         privacy: example-level clipping and noise, or None.
+        drift: what keeps the clients from drifting apart.
     """
 
     optimizer: optax.GradientTransformation
@@ -56,6 +84,7 @@ class LocalTraining:
     batch_size: int
     microbatch: int
     privacy: ExamplePrivacy | None = None
+    drift: Drift = Drift()
 
 
 class ClientTable(NamedTuple):
@@ -86,6 +115,23 @@ class ClientMetrics(NamedTuple):
     clipped: jax.Array
 
 
+class Trained(NamedTuple):
+    """What a client holds after its local steps.
+
+    Attributes:
+        trainable: the trained tree.
+        optimizer: its optimiser's state.
+        gradient: mean gradient of the steps, clipped and noised but not corrected; () unless
+            control variates are asked for.
+        metrics: measurements.
+    """
+
+    trainable: PyTree
+    optimizer: PyTree
+    gradient: PyTree
+    metrics: ClientMetrics
+
+
 def client_update(
     row_loss: RowLoss,
     training: LocalTraining,
@@ -94,7 +140,9 @@ def client_update(
     table: ClientTable,
     sampling_key: jax.Array,
     noise_key: jax.Array,
-) -> tuple[PyTree, PyTree, ClientMetrics]:
+    steps: jax.Array | None = None,
+    correction: PyTree = (),
+) -> Trained:
     """Trains the adapter on one client's rows for `training.steps` steps.
 
     With example privacy, each step takes every row with probability `table.rate`, clips each
@@ -110,16 +158,17 @@ def client_update(
         table: the client's rows.
         sampling_key: key of this client's choice of rows in this round.
         noise_key: key of this client's noise in this round.
-
-    Returns:
-        The trained tree, the new optimiser state and the measurements.
+        steps: int32 scalar, how many of the steps this client takes; all if None. The others are
+            computed and leave no trace.
+        correction: like `trainable`, is added to every gradient (`Drift.control`); () for none.
     """
     gradient = _plain_gradient if training.privacy is None else _private_gradient
+    drift = training.drift
 
     def step(
-        carry: tuple[PyTree, PyTree], step_index: jax.Array
-    ) -> tuple[tuple[PyTree, PyTree], ClientMetrics]:
-        params, state = carry
+        carry: tuple[PyTree, PyTree, PyTree], step_index: jax.Array
+    ) -> tuple[tuple[PyTree, PyTree, PyTree], ClientMetrics]:
+        params, state, seen = carry
         grads, metrics = gradient(
             row_loss,
             training,
@@ -129,12 +178,37 @@ def client_update(
             sampling_key,
             jax.random.fold_in(noise_key, step_index),
         )
-        return optimizer_step(training.optimizer, grads, state, params), metrics
+        if drift.control:
+            seen = jax.tree.map(jnp.add, seen, grads)
+            grads = jax.tree.map(jnp.add, grads, correction)
+        if drift.proximal:
+            mu = jnp.float32(drift.proximal)
+            grads = jax.tree.map(lambda g, p, p0: g + mu * (p - p0), grads, params, trainable)
+        params, state = optimizer_step(training.optimizer, grads, state, params)
+        return (params, state, seen), metrics
 
-    (trained, optimizer_state), metrics_S = jax.lax.scan(
-        step, (trainable, optimizer_state), jnp.arange(training.steps)
+    def step_if_due(
+        carry: tuple[PyTree, PyTree, PyTree], step_index: jax.Array
+    ) -> tuple[tuple[PyTree, PyTree, PyTree], ClientMetrics]:
+        after, metrics = step(carry, step_index)
+        assert steps is not None
+        due = step_index < steps
+        metrics = jax.tree.map(lambda m: jnp.where(due, m, jnp.zeros_like(m)), metrics)
+        return jax.tree.map(lambda new, old: jnp.where(due, new, old), after, carry), metrics
+
+    seen = jax.tree.map(jnp.zeros_like, trainable) if drift.control else ()
+    (trained, optimizer_state, seen), metrics_S = jax.lax.scan(
+        step if steps is None else step_if_due,
+        (trainable, optimizer_state, seen),
+        jnp.arange(training.steps),
     )
-    return trained, optimizer_state, jax.tree.map(lambda m: jnp.sum(m, axis=0), metrics_S)
+    taken = jnp.float32(training.steps) if steps is None else steps.astype(jnp.float32)
+    return Trained(
+        trained,
+        optimizer_state,
+        jax.tree.map(lambda leaf: leaf / jnp.maximum(taken, jnp.float32(1)), seen),
+        jax.tree.map(lambda m: jnp.sum(m, axis=0), metrics_S),
+    )
 
 
 def _private_gradient(

@@ -17,6 +17,9 @@ OPTIMIZERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
     "adamw": optax.adamw,
 }
 
+# Of those that have one, for FedNova's norm of local steps.
+MOMENTUM = {"momentum": 0.9, "nesterov": 0.9}
+
 
 def optimizer_init(optimizer: optax.GradientTransformation, params: PyTree) -> PyTree:
     """Returns the optimiser's state for `params`, flattened to one vector."""

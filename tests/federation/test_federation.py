@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from fedjax_llm.aggregation import RULES, AggregationRule, ffa_lora
+from fedjax_llm.aggregation import RULES
 from fedjax_llm.errors import Refused, UserError
 from fedjax_llm.federation import (
     Bfv,
@@ -79,9 +79,10 @@ def test_every_sum_gives_the_same_bytes(
 
 @pytest.mark.parametrize("name", sorted(RULES))
 def test_training_lowers_held_out_loss_in_every_cloud(federate: Build, name: str) -> None:
-    federation = federate(rule=RULES[name](optax.sgd(1.0)), update_bound=10.0)
+    training = LocalTraining(optax.adam(0.05), 4, 6, 4)
+    federation = federate(rule=RULES[name](optax.sgd(1.0)), training=training, update_bound=10.0)
     before = federation.evaluate(federation.init())
-    after = federation.evaluate(run(federation, 4))
+    after = federation.evaluate(run(federation, 6))
     assert all(after[cloud] < before[cloud] - 0.01 for cloud in before)
 
 
@@ -147,7 +148,7 @@ def test_what_leaves_a_client_is_ciphertext(
 ) -> None:
     """The bytes that cross the boundary hold no run of the plaintext integers, and never repeat."""
     federation = federate(sum_mode=mode)
-    secure = federation._secure_sum
+    secure = federation._hidden and federation._hidden.first
     assert secure is not None
     crossed: dict[str, tuple[np.ndarray, bytes]] = {}
     honest = secure.upload
@@ -185,7 +186,7 @@ def test_the_time_and_bytes_of_a_sum_are_all_counted(
 ) -> None:
     """Making chunks is encryption, the rest up to the last chunk addition, what follows opening."""
     federation = federate(sum_mode=mode)
-    secure = federation._secure_sum
+    secure = federation._hidden and federation._hidden.first
     assert secure is not None
     honest = secure.upload
 
@@ -277,11 +278,11 @@ def test_weights_by_data_are_refused_for_unit_client(federate: Build) -> None:
 
 
 def test_a_rule_that_reads_single_messages_is_refused_under_encryption(federate: Build) -> None:
-    ffa = ffa_lora(optax.sgd(1.0))
-    fields = {name: getattr(ffa, name) for name in ffa.__dataclass_fields__}
-    nosy = AggregationRule(**(fields | {"needs_individual_messages": True}))
-    with pytest.raises(Refused, match="has to read each cloud's message"):
-        federate(rule=nosy, sum_mode=Threshold(2))
+    nosy = [rule for rule in RULES.values() if rule.needs_individual_messages]
+    assert nosy
+    for rule in nosy:
+        with pytest.raises(Refused, match="has to read each cloud's message"):
+            federate(rule=rule(optax.sgd(1.0)), sum_mode=Threshold(2))
 
 
 def test_diverged_training_is_an_error_that_names_the_cloud(federate: Build) -> None:
@@ -304,10 +305,10 @@ def test_no_transfer_to_the_host_inside_the_program_of_a_round(federate: Build) 
     federation = federate("example")
     state = federation.init()
     clients = federation._client_inputs(state, np.ones(3, bool))
-    server = federation.layout.replicate(state.server)
+    server = federation.layout.replicate(state.globals)
     scalars = (federation._seed, np.int32(1), np.float32(3))
     seed, number, divisor = federation.layout.replicate(scalars)
-    program = federation._programs.round
+    program = federation._programs[0].round
     arguments = (federation._base, server, clients, divisor, seed, number)
     jax.block_until_ready(program(*arguments))
     with jax.transfer_guard("disallow"):
@@ -318,8 +319,9 @@ def test_the_base_model_is_an_argument_and_not_a_constant(federate: Build) -> No
     federation = federate()
     state = federation.init()
     clients = federation._client_inputs(state, np.ones(3, bool))
-    text = federation._programs.train.lower(
-        federation._base, state.server.adapter, clients, federation._seed, np.int32(1)
+    program = federation._programs[0].train_and_send
+    text = program.lower(
+        federation._base, state.globals, clients, federation._seed, np.int32(1)
     ).as_text()
     largest = max(len(line) for line in text.splitlines() if "constant" in line)
     # A baked-in weight matrix of 32 x 48 would be printed with over ten thousand characters.

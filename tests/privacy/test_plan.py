@@ -146,7 +146,7 @@ def test_noise_is_calibrated_to_the_sum():
         ({"rounds": 0}, UserError, "rounds must be at least 1"),
         ({"units": ()}, UserError, "at least one"),
         ({"unit": "sentence"}, UserError, "privacy unit must be"),
-        ({"weights": "loss"}, UserError, "weights must be"),
+        ({"weights": "luck"}, UserError, "weights must be"),
     ],
 )
 def test_plans_that_cannot_be_made(unit, changes, error, words):

@@ -88,7 +88,7 @@ def test_programs_from_the_cache_give_the_bytes_of_fresh_ones(
     """The tests below rely on it: only the job that was never killed compiles."""
     before = jobs.compiled("jit_")
     assert jobs.here("run", jobs.run_file, "--out", tmp_path / "out") == 0
-    assert jobs.compiled("jit_train") | jobs.compiled("jit_apply") <= before
+    assert jobs.compiled("jit__train") | jobs.compiled("jit__apply") <= before
     assert jobs.state(tmp_path / "out") == jobs.state(never_killed)
     assert jobs.rounds(tmp_path / "out") == jobs.rounds(never_killed)
 

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedjax_llm.aggregation import RULES
 from fedjax_llm.errors import FedJaxError, Refused, UserError
 from fedjax_llm.runs import runfile, toml_errors
 
@@ -128,7 +129,44 @@ def test_defaults_and_types(tmp_path: Path) -> None:
         (
             "[privacy]",
             '[aggregation]\nrule = "median"\n[privacy]',
-            'q.toml:18: [aggregation] rule must be one of "ffa", "factor-averaging", got "median"',
+            'q.toml:18: [aggregation] rule says what is trained, and "median" combines messages; '
+            'write combine = "median" beside rule = "ffa"',
+        ),
+        (
+            "[privacy]",
+            '[aggregation]\nrule = "fedsdv"\n[privacy]',
+            "q.toml:18: [aggregation] rule must be one of "
+            + ", ".join(f'"{name}"' for name in RULES)
+            + ', got "fedsdv"; did you mean "fedsvd"?',
+        ),
+        (
+            "[privacy]",
+            '[aggregation]\ncombine = "krum"\n[privacy]',
+            "q.toml:18: [aggregation] combine has to read the message of each cloud, which "
+            '[secure] sum = "threshold" hides; set groups, use combine = "normalised", or '
+            'sum = "plain", got "krum"',
+        ),
+        (
+            "[privacy]",
+            "[aggregation]\ngroups = 2\n[privacy]",
+            'q.toml:18: [aggregation] groups goes with a robust combine, not with "mean"; '
+            "name one, or remove it, got 2",
+        ),
+        (
+            "[privacy]",
+            '[aggregation]\nexchange = "gradients"\n[privacy]',
+            "q.toml:18: [aggregation] exchange sends the gradient of each step, and [training] "
+            "local_steps is 4; set local_steps = 1",
+        ),
+        (
+            "[privacy]",
+            '[attack]\nname = "sign-flip"\nclouds = ["nobody"]\n[privacy]',
+            'q.toml:19: [attack] clouds.0 must be one of medical, finance, got "nobody"',
+        ),
+        (
+            'name = "finance"',
+            'name = "finance"\nrank = 8',
+            "q.toml:31: [clouds.finance] rank must be at most 4, [adapter] rank, got 8",
         ),
         (
             '["builtin:finance"]',

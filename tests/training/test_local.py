@@ -45,8 +45,8 @@ def updates(
 
     def one(key: jax.Array) -> tuple[jax.Array, ClientMetrics]:
         sampling, noise = jax.random.split(key)
-        after, _, metrics = client_update(row_loss, training, params, state, table, sampling, noise)
-        return after["w"], metrics
+        done = client_update(row_loss, training, params, state, table, sampling, noise)
+        return done.trainable["w"], done.metrics
 
     after, metrics = jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(0), seeds))
     return np.asarray(after), metrics

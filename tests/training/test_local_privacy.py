@@ -23,12 +23,12 @@ def updated(rows: np.ndarray, population: int, rate: float, steps: int = 1) -> d
     params = {"a": jnp.zeros(3), "b": jnp.ones(2)}
     table = ClientTable(jnp.asarray(rows), jnp.int32(population), jnp.float32(rate))
     state = training.optimizer.init(jax.flatten_util.ravel_pytree(params)[0])
-    after, _, _ = jax.jit(
+    done = jax.jit(
         lambda p, s, t: client_update(
             row_loss, training, p, s, t, jax.random.key(1), jax.random.key(2)
         )
     )(params, state, table)
-    return jax.tree.map(np.asarray, after)
+    return jax.tree.map(np.asarray, done.trainable)
 
 
 def distance(one: dict[str, Any], other: dict[str, Any]) -> float:

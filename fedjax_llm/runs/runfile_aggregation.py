@@ -1,0 +1,117 @@
+"""[aggregation] and [attack]: how updates become one, and who sends something else."""
+
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from fedjax_llm.runs.runfile_errors import problem
+from fedjax_llm.runs.runfile_types import Optimizer, Positive, Section, Text, Texts
+
+WeightKind = Literal["uniform", "public", "examples", "tokens", "loss", "loss-bounded"]
+CombineName = Literal[
+    "mean",
+    "normalised",
+    "krum",
+    "multi-krum",
+    "median",
+    "trimmed-mean",
+    "geometric-median",
+    "centred-clipping",
+]
+ADDITIVE_COMBINES = ("mean", "normalised")
+
+
+class LossWeightsSection(Section):
+    """[aggregation.loss_weights]: the dynamic rule L / (D B^alpha) of the cross-cloud papers.
+
+    With weights = "loss-bounded" a weight stays within 1/bound and bound of that of an ordinary
+    cloud, which `loss` (nats), `rows` and `up_mbps` describe; public guesses, not measurements.
+    """
+
+    alpha: Annotated[float, Field(ge=0, le=4)] = 0.5
+    bound: Annotated[float, Field(gt=1)] = 2.0
+    loss: Positive = 3.0
+    rows: Positive = 1000.0
+    up_mbps: Positive = 100.0
+
+
+class AggregationSection(Section):
+    """[aggregation]: how the updates of the clouds become one, and the server's optimiser.
+
+    | key | what |
+    |---|---|
+    | rule | what is trained and sent, and how it is put together; `fedjax-llm rules` lists them |
+    | combine | mean; normalised (directions only); or a robust combination, which reads messages |
+    | groups | with a robust combination: of the sums of so many groups, not of single messages |
+    | byzantine | malicious clients (or groups) that a robust combination is to withstand |
+    | radius | of centred-clipping, an l2 norm |
+    | exchange | parameters after local_steps, or the gradients of each single step |
+    | weights | of each client in the mean; public takes `weight` of [[clouds]] |
+    | normalise_steps | FedNova: clouds of more local steps do not count more for it |
+    """
+
+    rule: Text = "ffa"
+    combine: CombineName = "mean"
+    groups: Annotated[int, Field(ge=2)] | None = None
+    byzantine: Annotated[int, Field(ge=0)] = 1
+    radius: Positive = 1.0
+    exchange: Literal["parameters", "gradients"] = "parameters"
+    weights: WeightKind = "uniform"
+    loss_weights: LossWeightsSection = LossWeightsSection()
+    normalise_steps: bool = False
+    server_optimizer: Literal[
+        Optimizer, "fedavg", "fedavgm", "fedadagrad", "fedadam", "fedyogi", "diloco"
+    ] = "sgd"
+    server_learning_rate: Positive = 1.0
+
+
+class AttackSection(Section):
+    """[attack]: some clouds send something else than what they trained, to try a defence.
+
+    `scale` multiplies what they send, see `aggregation.attacks`; label-flip trains on wrong answers
+    and takes none.
+    """
+
+    name: Literal["sign-flip", "scaled", "gaussian", "little-is-enough", "label-flip"]
+    clouds: Texts
+    scale: Positive = 1.0
+
+
+def check_aggregation(aggregation: AggregationSection, local_steps: int, secure_sum: str) -> None:
+    """Refuses settings that contradict each other.
+
+    Args:
+      aggregation: the section.
+      local_steps: [training] local_steps.
+      secure_sum: [secure] sum.
+    """
+    if aggregation.groups is not None and aggregation.combine in ADDITIVE_COMBINES:
+        raise problem(
+            ("aggregation", "groups"),
+            f'goes with a robust combine, not with "{aggregation.combine}"; name one, or remove it',
+        )
+    hidden = secure_sum != "plain"
+    if hidden and aggregation.combine not in ADDITIVE_COMBINES and aggregation.groups is None:
+        raise problem(
+            ("aggregation", "combine"),
+            f'has to read the message of each cloud, which [secure] sum = "{secure_sum}" hides; '
+            'set groups, use combine = "normalised", or sum = "plain"',
+            refused=True,
+        )
+    if aggregation.exchange == "gradients" and local_steps != 1:
+        raise problem(
+            ("aggregation", "exchange"),
+            "sends the gradient of each step, and [training] local_steps is "
+            f"{local_steps}; set local_steps = 1",
+            got=False,
+        )
+
+
+def check_attack(attack: AttackSection | None, clouds: Sequence[str]) -> None:
+    """Refuses an attack by clouds that do not exist."""
+    if attack is None:
+        return
+    for index, name in enumerate(attack.clouds):
+        if name not in clouds:
+            raise problem(("attack", "clouds", index), f"must be one of {', '.join(clouds)}")
