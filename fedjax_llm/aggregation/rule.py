@@ -158,8 +158,9 @@ class AggregationRule(ABC):
         state = self.optimizer.init(jnp.zeros(2))
         if any(jnp.shape(leaf) == (2,) for leaf in jax.tree.leaves(state)):
             raise UserError(
-                f"rule {self.name!r} takes no step in the coordinates of what is sent, where a "
-                "server optimiser's moments would have a meaning; use sgd, or another rule"
+                f"rule {self.name!r} takes plain steps only, because moments of a server optimiser "
+                "would belong to another round's coordinates; use server_optimizer sgd, or another "
+                "rule"
             )
 
     # At the server, before the first round.

@@ -135,7 +135,14 @@ class Federation:
         )
         self._by_loss = by_loss
         self._combine = None if isinstance(combine, NormalisedMean) else combine
-        check_combination(rule, plan, training, sum_mode, self._weights, by_loss, combine)
+        check_combination(
+            rule=rule,
+            unit=plan.unit,
+            drift=training.drift,
+            hidden=not isinstance(sum_mode, Plain),
+            combine=combine,
+            weighs=by_loss is not None or bool(np.any(self._weights.contributions_K != 1)),
+        )
         check_plan(plan, training, self.participants, weight_kind(rule, self._weights, by_loss))
         check_selective(plan, sum_mode)
         self.layout = CohortLayout.over(count, clients_at_once, devices)

@@ -7,28 +7,12 @@ import numpy as np
 from fedjax_llm.aggregation import AggregationRule, LossWeights, NormalisedMean, Weights
 from fedjax_llm.aggregation.robust import Combine, GroupRobust
 from fedjax_llm.errors import Refused, UserError
-from fedjax_llm.federation.sums import Plain, Selective, SumMode
+from fedjax_llm.federation.sums import Selective, SumMode
 from fedjax_llm.federation.tables import Participant, sampler_of
 from fedjax_llm.privacy import PrivacyPlan
-from fedjax_llm.training import LocalTraining
+from fedjax_llm.training import Drift, LocalTraining
 
 Combination = NormalisedMean | Combine | GroupRobust
-
-
-def _check_sum(rule: AggregationRule, sum_mode: SumMode, combine: Combination | None) -> None:
-    """Refuses what must see single messages under a sum that hides them."""
-    if isinstance(sum_mode, Plain):
-        return
-    if rule.needs_individual_messages:
-        raise Refused(
-            f"rule {rule.name!r} has to read each cloud's message, which an encrypted sum hides; "
-            "choose the plain sum or another rule"
-        )
-    if isinstance(combine, Combine):
-        raise Refused(
-            f"combination {combine.name!r} has to read each cloud's message, which an encrypted "
-            "sum hides; choose the plain sum, groups, or another combination"
-        )
 
 
 def check_selective(plan: PrivacyPlan, sum_mode: SumMode) -> None:
@@ -77,38 +61,41 @@ def check_selective(plan: PrivacyPlan, sum_mode: SumMode) -> None:
 
 
 def check_combination(
+    *,
     rule: AggregationRule,
-    plan: PrivacyPlan,
-    training: LocalTraining,
-    sum_mode: SumMode,
-    weights: Weights,
-    by_loss: LossWeights | None,
+    unit: str,
+    drift: Drift,
+    hidden: bool,
     combine: Combination | None,
+    weighs: bool,
 ) -> None:
     """Refuses parts of a federation that do not go together, with the reason.
+
+    Args:
+        rule: what is trained and sent.
+        unit: of privacy.
+        drift: of local training.
+        hidden: whether the sum hides single messages.
+        combine: how messages are combined; None is the mean.
+        weighs: whether clients count unequally.
 
     Raises:
         Refused: something would be read that a sum or a privacy unit hides.
         UserError: something would have no meaning.
     """
-    _check_sum(rule, sum_mode, combine)
-    robust = combine is not None and not isinstance(combine, NormalisedMean)
-    if plan.unit == "client":
-        if rule.needs_individual_messages or robust:
-            what = (
-                f"rule {rule.name!r}" if rule.needs_individual_messages else "a robust combination"
-            )
-            raise Refused(
-                f"{what} adds no noise to a sum, as unit 'client' needs; choose a rule that adds, "
-                "or unit 'example', where each client's message is private by itself"
-            )
-        if rule.stages > 1:
-            raise Refused(
-                f"rule {rule.name!r} releases {rule.stages} sums a round and the plan of unit "
-                "'client' accounts for one; choose another rule, or unit 'example'"
-            )
-    if robust:
-        _check_robust(rule, weights, by_loss)
+    robust = None if isinstance(combine, NormalisedMean) else combine
+    if hidden and rule.needs_individual_messages:
+        raise Refused(
+            f"rule {rule.name!r} has to read each cloud's message, which an encrypted sum hides; "
+            "choose the plain sum or another rule"
+        )
+    if hidden and isinstance(robust, Combine):
+        raise Refused(
+            f"combination {robust.name!r} has to read each cloud's message, which an encrypted "
+            "sum hides; choose the plain sum, groups, or another combination"
+        )
+    if unit == "client":
+        _check_client_unit(rule, robust is not None)
     if combine is not None and rule.stages > 1:
         raise UserError(
             f"rule {rule.name!r} sends sketches that only a mean can combine; leave combine out"
@@ -117,20 +104,37 @@ def check_combination(
         raise UserError(
             f"rule {rule.name!r} combines the clients' factors itself; leave combine out"
         )
-    if training.drift.control and (robust or rule.kept or rule.needs_individual_messages):
+    if robust is not None and (weighs or rule.weighs_by_result):
+        raise UserError(
+            "a robust combination counts each client once: use uniform weights, and a rule that "
+            "does not weigh by result"
+        )
+    if robust is not None and len({rule.sent(phase) for phase in range(len(rule.phases))}) > 1:
+        raise UserError(
+            f"rule {rule.name!r} sends other things in other rounds, and a robust combination "
+            "compares like with like; choose another rule"
+        )
+    if drift.control and (robust or rule.kept or rule.needs_individual_messages):
         raise UserError(
             "control variates are means over all clients of what they train; they do not go with "
             "robust combination, with stacked or with personal adapters"
         )
-    if training.drift.control and rule.stages > 1:
+    if drift.control and rule.stages > 1:
         raise UserError(f"control variates travel in one sum; rule {rule.name!r} has several")
 
 
-def _check_robust(rule: AggregationRule, weights: Weights, by_loss: LossWeights | None) -> None:
-    if np.any(weights.contributions_K != 1) or by_loss is not None or rule.weighs_by_result:
-        raise UserError(
-            "a robust combination counts each client once: use uniform weights, and a rule that "
-            "does not weigh by result"
+def _check_client_unit(rule: AggregationRule, robust: bool) -> None:
+    """Unit `client` needs one sum a round that noise can be added to."""
+    if rule.needs_individual_messages or robust:
+        what = f"rule {rule.name!r}" if rule.needs_individual_messages else "a robust combination"
+        raise Refused(
+            f"{what} adds no noise to a sum, as unit 'client' needs; choose a rule that adds, "
+            "or unit 'example', where each client's message is private by itself"
+        )
+    if rule.stages > 1:
+        raise Refused(
+            f"rule {rule.name!r} releases {rule.stages} sums a round and the plan of unit "
+            "'client' accounts for one; choose another rule, or unit 'example'"
         )
 
 

@@ -26,6 +26,13 @@ _UNCERTIFIED = {
 }
 
 
+def check_weights(unit: Unit, weights: Weights) -> None:
+    """Refuses weights that follow from what a unit is to hide; see `PrivacyPlan`."""
+    if (why := _UNCERTIFIED.get((unit, weights))) is not None:
+        cure = "loss-bounded" if unit == "client" else "examples"
+        raise Refused(f"{why} that unit {unit} is to hide; use uniform or {cure} weights")
+
+
 @dataclass(frozen=True)
 class PrivacyPlan:
     """What a run promises about one privacy unit, and what it must do to keep the promise.
@@ -125,9 +132,7 @@ class PrivacyPlan:
                 f"delta must be above 0 and below 1/{total} (one over the number of {unit}s), "
                 f"got {self.delta:g}: a larger one allows publishing a whole {unit}"
             )
-        if (why := _UNCERTIFIED.get((unit, self.weights))) is not None:
-            cure = " or loss-bounded" if unit == "client" else " or examples"
-            raise Refused(f"{why} that unit {unit} is to hide; use uniform{cure} weights")
+        check_weights(unit, self.weights)
         if unit == "client" and (len(self.units) != 1 or len(self.sampler.rates) != 1):
             raise UserError("unit client takes one number of clients and one sampling rate")
         if unit == "client" and self.sampler.steps_per_round != 1:

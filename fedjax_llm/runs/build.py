@@ -32,10 +32,12 @@ from fedjax_llm.federation import (
     SumMode,
     Threshold,
 )
+from fedjax_llm.federation.promises import check_combination
 from fedjax_llm.lora import LoraConfig
 from fedjax_llm.models import Model, load_model
 from fedjax_llm.privacy import PrivacyPlan
 from fedjax_llm.privacy.plan import Weights as PlanWeights
+from fedjax_llm.privacy.plan import check_weights
 from fedjax_llm.runs.events import Note, OnEvent, Stage
 from fedjax_llm.runs.runfile import MappingSection, RunFile
 from fedjax_llm.runs.selection import selection
@@ -179,6 +181,31 @@ def combination(run_file: RunFile) -> Combination | None:
         return NormalisedMean()
     robust = COMBINES[section.combine](section.byzantine, section.radius)
     return robust if section.groups is None else GroupRobust(section.groups, robust)
+
+
+def check_together(run_file: RunFile) -> None:
+    """Refuses settings that a federation would refuse, before model and data are loaded.
+
+    Raises:
+        UserError, Refused: as `Federation`; a server optimiser that the rule cannot have.
+    """
+    section, unit = run_file.aggregation, run_file.privacy.unit
+    if unit != "none":
+        check_weights(unit, _plan_weights(run_file))
+    found = combination(run_file)
+    steps = {cloud.local_steps or run_file.training.local_steps for cloud in run_file.clouds}
+    check_combination(
+        rule=rule(run_file),
+        unit=unit,
+        drift=local_training(run_file).drift,
+        hidden=run_file.secure.sum != "plain",
+        combine=found,
+        weighs=section.weights != "uniform" or (section.normalise_steps and len(steps) > 1),
+    )
+    if isinstance(found, GroupRobust):
+        found.check(len(run_file.clouds))
+    elif found is not None and not isinstance(found, NormalisedMean):
+        found.check(sum(cloud.clients for cloud in run_file.clouds))
 
 
 def robust(run_file: RunFile) -> Combine | GroupRobust | None:

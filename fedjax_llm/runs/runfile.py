@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 import tomli_w
 from pydantic import Field, ValidationError, model_validator
 
-from fedjax_llm.errors import Refused, UserError
+from fedjax_llm.errors import FedJaxError, Refused, UserError
 from fedjax_llm.runs import toml_errors
 from fedjax_llm.runs.runfile_aggregation import AggregationSection as AggregationSection
 from fedjax_llm.runs.runfile_aggregation import (
@@ -260,9 +260,10 @@ def to_toml(run_file: RunFile) -> str:
 
 
 def _check_rule(run_file: RunFile, data: dict[str, Any], where: Where) -> None:
-    """The rule exists, and does not have to read single messages that the sum hides."""
+    """The rule exists, and goes together with everything else that is asked for."""
     # Imported here: it brings JAX, which those who only want the classes need not wait for.
     from fedjax_llm.aggregation import RULES
+    from fedjax_llm.runs import build
 
     key: toml_errors.Path = ("aggregation", "rule")
     name, sum_name = run_file.aggregation.rule, run_file.secure.sum
@@ -282,6 +283,18 @@ def _check_rule(run_file: RunFile, data: dict[str, Any], where: Where) -> None:
             f'{where(key)}: [aggregation] rule "{name}" has to read the message of each cloud, '
             f'which [secure] sum = "{sum_name}" hides; choose another rule or sum = "plain"'
         )
+    for index, cloud in enumerate(run_file.clouds):
+        if cloud.rank not in (None, run_file.adapter.rank) and not RULES[name].facts.ranks:
+            place = ("clouds", index, "rank")
+            raise UserError(
+                f'{where(place)}: rule "{name}" takes one rank for all clouds; leave '
+                f"{toml_errors.key_name(place, data)} out, or choose a rule with ranks in "
+                "`fedjax-llm rules`"
+            )
+    try:
+        build.check_together(run_file)
+    except FedJaxError as error:
+        raise type(error)(f"{where(('aggregation',))}: {error}") from None
 
 
 def _with_absolute_paths(

@@ -339,7 +339,7 @@ def test_a_rate_goes_that_part_of_the_way(name: str, rate: float) -> None:
 def test_a_momentum_that_would_lose_its_coordinates_is_refused(
     name: str, optimizer: optax.GradientTransformation
 ) -> None:
-    with pytest.raises(UserError, match=f"rule '{name}' takes no step .* use sgd"):
+    with pytest.raises(UserError, match=f"rule '{name}' takes plain steps .* sgd"):
         RULES[name](optimizer)
 
 
