@@ -113,3 +113,6 @@ ATTACKS: dict[str, Attack] = {
     "gaussian": gaussian,
     "little-is-enough": little_is_enough,
 }
+
+# Those whose message follows from other clients' messages as well.
+READ_OTHERS: frozenset[Attack] = frozenset({gaussian, little_is_enough})

@@ -12,6 +12,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedjax_llm.errors import UserError
+
+# Squared, it is still far from the end of float32.
+_LARGEST_BOUND = 1e6
+
+Kind = Literal["uniform", "examples", "tokens"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,16 +38,14 @@ class Weights:
         contributions_K: w_k = (p_k / a_k) / max of p / a, float32.
         shares_K: p_k, float64.
         norms_K: a_k, float64.
-        depends_on_data: whether p_k follows from private data (a number of rows, say); such weights
-            are refused with privacy unit `client`, which is to hide them.
-        kind: what the privacy plan calls them.
+        kind: what they follow from, as the privacy plan calls it; "uniform" stands for all public
+            numbers. Others are refused with privacy unit `client`, which is to hide them.
     """
 
     contributions_K: NDArray[np.float32]
     shares_K: NDArray[np.float64]
     norms_K: NDArray[np.float64]
-    depends_on_data: bool
-    kind: str
+    kind: Kind
 
     @classmethod
     def of(
@@ -50,7 +54,7 @@ class Weights:
         clients: int,
         *,
         norms: Sequence[float] | None = None,
-        kind: str | None = None,
+        kind: Kind | None = None,
     ) -> "Weights":
         """Scales public numbers to weights.
 
@@ -73,7 +77,7 @@ class Weights:
         contributions_K = (ratio_K / ratio_K.max()).astype(np.float32)
         if np.any(contributions_K < np.finfo(np.float32).tiny):
             raise UserError(f"weights {list(values or ())} differ by more than float32 can hold")
-        return cls(contributions_K, shares_K, norms_K, kind != "uniform", kind)
+        return cls(contributions_K, shares_K, norms_K, kind)
 
     def divisor(self, online_K: NDArray[np.bool_]) -> float:
         """The public number that turns the sum over these clients into the update.
@@ -104,7 +108,8 @@ def _checked(values: Sequence[float] | None, count: int, what: str) -> NDArray[n
 def step_norm(steps: int, momentum: float = 0.0) -> float:
     """FedNova's a_k for sgd with momentum (arXiv 2007.07481, section 4.2); the steps without.
 
-    For other local optimisers the paper gives no closed form; the number of steps is used.
+    For other local optimisers the paper gives no closed form; the number of steps is used. With
+    momentum the formula is for a buffer that starts empty each round; here clients keep theirs.
 
     >>> step_norm(4), round(step_norm(2, 0.5), 6)
     (4.0, 2.5)
@@ -150,8 +155,11 @@ class LossWeights:
         """Raises UserError for numbers out of range."""
         if not 0 <= self.alpha <= 4:
             raise UserError(f"the exponent alpha must be between 0 and 4, got {self.alpha}")
-        if self.bound is not None and not 1 < self.bound < math.inf:
-            raise UserError(f"the bound of a weight must be above 1 and finite, got {self.bound}")
+        if self.bound is not None and not 1 < self.bound <= _LARGEST_BOUND:
+            raise UserError(
+                f"the bound of a weight must be above 1 and at most {_LARGEST_BOUND:g}, "
+                f"got {self.bound}"
+            )
         for what in ("loss", "rows", "up_mbps"):
             if not 0 < getattr(self, what) < math.inf:
                 raise UserError(f"an ordinary cloud's {what} must be positive and finite")

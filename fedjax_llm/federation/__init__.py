@@ -4,8 +4,8 @@ from fedjax_llm.federation.federation import Federation as Federation
 from fedjax_llm.federation.keys import Purpose as Purpose
 from fedjax_llm.federation.keys import key_for as key_for
 from fedjax_llm.federation.layout import CohortLayout as CohortLayout
-from fedjax_llm.federation.programs import Attackers as Attackers
 from fedjax_llm.federation.promises import Combination as Combination
+from fedjax_llm.federation.recipe import Attackers as Attackers
 from fedjax_llm.federation.reports import CloudReport as CloudReport
 from fedjax_llm.federation.reports import RoundReport as RoundReport
 from fedjax_llm.federation.state import FederationState as FederationState

@@ -11,10 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedjax_llm.errors import UserError
+from fedjax_llm.federation.message import MessageCodec, WeightCodec
 from fedjax_llm.federation.sums import HiddenMode, Selective
 from fedjax_llm.secure.sums import SecureSum, checked_clients, collect
 
 OnStage = Callable[[str], None]
+
+
+Codec = MessageCodec | type[WeightCodec]
 
 
 class HiddenSums:
@@ -24,7 +28,8 @@ class HiddenSums:
         mode: which kind.
         clouds: all that send.
         groups: of each cloud, where the sums of groups stay apart; one group of all if None.
-        lengths: the messages of a round: integers and the bound of their absolute value.
+        clients: most clients of a cloud.
+        codecs: of all the messages of a round.
 
     Raises:
         UserError, Refused: as `sums.SumMode.open`; a selection for rounds of several lengths.
@@ -35,7 +40,8 @@ class HiddenSums:
         mode: HiddenMode,
         clouds: Sequence[str],
         groups: Sequence[int] | None,
-        lengths: Iterable[tuple[int, int]],
+        clients: int,
+        codecs: Iterable[Codec],
     ) -> None:
         self._clouds = tuple(clouds)
         members = groups or (0,) * len(clouds)
@@ -44,7 +50,8 @@ class HiddenSums:
             for group in range(max(members) + 1)
         )
         self._apart = groups is not None
-        wanted = dict.fromkeys(lengths)
+        self._clients = clients
+        wanted = dict.fromkeys(self._length(codec) for codec in codecs)
         if isinstance(mode, Selective) and len(wanted) > 1:
             raise UserError(
                 "selective encryption needs a rule that sends the same parameters in every sum; "
@@ -53,6 +60,19 @@ class HiddenSums:
         self._open = {
             length: tuple(mode.open(group, *length) for group in self._groups) for length in wanted
         }
+
+    def _length(self, codec: Codec) -> tuple[int, int]:
+        """Integers of what a cloud sends, the sum of its clients, and their bound."""
+        count, max_int = codec.length
+        return count, self._clients * max_int
+
+    def upload_bytes(self, codec: Codec, cloud: str) -> int:
+        """Exact length of one upload of this cloud."""
+        return next(
+            secure_sum.upload_bytes(cloud)
+            for group, secure_sum in zip(self._groups, self._open[self._length(codec)], strict=True)
+            if cloud in group
+        )
 
     @property
     def first(self) -> SecureSum:
@@ -76,7 +96,7 @@ class HiddenSums:
 
     def total(
         self,
-        length: tuple[int, int],
+        codec: Codec,
         ints_CxP: jax.Array,
         online: Sequence[str],
         number: int,
@@ -86,7 +106,7 @@ class HiddenSums:
         """The sum over all clouds [P], or that of each group [G, P].
 
         Args:
-            length: one of the lengths.
+            codec: of the messages.
             ints_CxP: int32, each cloud's message in the order of the clouds.
             online: those that send.
             number: of the sum, above that of any before.
@@ -103,7 +123,7 @@ class HiddenSums:
                 ledger,
                 on_stage,
             )
-            for group, secure_sum in zip(self._groups, self._open[length], strict=True)
+            for group, secure_sum in zip(self._groups, self._open[self._length(codec)], strict=True)
         ]
         return np.stack(totals) if self._apart else totals[0]
 

@@ -5,9 +5,6 @@ the keys of the encrypted sum); `FederationState` is a pytree that holds all tha
 `state -> (state, report)`.
 """
 
-import functools
-import math
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,40 +15,31 @@ import numpy as np
 from fedjax_llm.aggregation import AggregationRule, LossWeights, NormalisedMean, Weights
 from fedjax_llm.aggregation.robust import GroupRobust
 from fedjax_llm.errors import Refused, UserError
-from fedjax_llm.federation.cohort import ClientInputs, Local
 from fedjax_llm.federation.evaluation import HeldOut
-from fedjax_llm.federation.exchange import HiddenSums, Ledger, OnStage
-from fedjax_llm.federation.keys import Purpose, key_for, seed_key
+from fedjax_llm.federation.exchange import Codec, HiddenSums, Ledger, OnStage
+from fedjax_llm.federation.keys import seed_key
 from fedjax_llm.federation.layout import CohortLayout
-from fedjax_llm.federation.message import (
-    EncodedMessage,
-    MessageCodec,
-    Upload,
-    WeightCodec,
-    fitting_bits,
-)
+from fedjax_llm.federation.message import MessageCodec, Upload, WeightCodec, fitting_bits
 from fedjax_llm.federation.objective import row_loss
-from fedjax_llm.federation.programs import Applied, Attackers, Recipe, RoundPrograms, Sums
+from fedjax_llm.federation.programs import RoundPrograms
 from fedjax_llm.federation.promises import (
     Combination,
     check_combination,
     check_plan,
     check_selective,
-    weight_kind,
+    weight_kinds,
 )
+from fedjax_llm.federation.recipe import Attackers, Recipe
 from fedjax_llm.federation.reports import RoundReport, report
+from fedjax_llm.federation.roads import BeforeOpening, Road
+from fedjax_llm.federation.roster import Roster
 from fedjax_llm.federation.state import FederationState, adapter_of, init_state
 from fedjax_llm.federation.sums import Plain, Selective, SumMode
-from fedjax_llm.federation.tables import (
-    Participant,
-    check_participants,
-    client_tables,
-    clouds_of,
-)
+from fedjax_llm.federation.tables import Participant, check_participants
 from fedjax_llm.federation.wire_sizes import WireSizes
 from fedjax_llm.lora import Adapter, LoraConfig, add_dense, init_adapter
 from fedjax_llm.models import Model, loss
-from fedjax_llm.privacy import PrivacyPlan, poisson_sample
+from fedjax_llm.privacy import PrivacyPlan
 from fedjax_llm.training import LocalTraining
 
 PyTree = Any
@@ -125,33 +113,30 @@ class Federation:
         self.rule = rule
         self._training = training
         self._seed = seed_key(seed)
-        self.clouds, self._cloud_K = clouds_of(participants)
         count = len(participants)
-        by_loss = weights if isinstance(weights, LossWeights) else None
-        self._weights = (
-            weights
-            if isinstance(weights, Weights)
-            else Weights.of(None if isinstance(weights, LossWeights) else weights, count)
+        self.layout = CohortLayout.over(count, clients_at_once, devices)
+        self.roster = roster = Roster(
+            participants, self.layout, training, plan, weights, lora.rank, self._seed
         )
-        self._by_loss = by_loss
-        self._combine = None if isinstance(combine, NormalisedMean) else combine
+        self._robust = robust = None if isinstance(combine, NormalisedMean) else combine
         check_combination(
             rule=rule,
             unit=plan.unit,
             drift=training.drift,
             hidden=not isinstance(sum_mode, Plain),
             combine=combine,
-            weighs=by_loss is not None or bool(np.any(self._weights.contributions_K != 1)),
+            weighs=roster.weighs,
+            normalises=roster.weights.normalises_steps,
+            by_loss=roster.by_loss is not None,
+            attack=attackers.attack if attackers else None,
         )
-        check_plan(plan, training, self.participants, weight_kind(rule, self._weights, by_loss))
-        check_selective(plan, sum_mode)
-        self.layout = CohortLayout.over(count, clients_at_once, devices)
+        check_plan(plan, training, self.participants, weight_kinds(rule, roster.kind))
+        check_selective(plan, sum_mode, rule)
 
-        robust = None if isinstance(combine, NormalisedMean) else combine
         cloud_groups = None
         if isinstance(robust, GroupRobust):
-            robust.check(len(self.clouds))
-            cloud_groups = tuple(int(group) for group in robust.assign(len(self.clouds)))
+            robust.check(len(roster.clouds))
+            cloud_groups = tuple(int(group) for group in robust.assign(len(roster.clouds)))
         elif robust is not None:
             robust.check(count)
         self._recipe = Recipe(
@@ -159,21 +144,26 @@ class Federation:
             training=training,
             rule=rule,
             row_loss=lambda base, adapter, row: row_loss(model, base, adapter, row, dtype, remat),
-            by_loss=by_loss,
+            by_loss=roster.by_loss,
             normalised=combine if isinstance(combine, NormalisedMean) else None,
             combine=robust,
-            groups=cloud_groups and tuple(cloud_groups[cloud] for cloud in self._cloud_K),
-            clouds=self._cloud_K,
+            groups=cloud_groups and tuple(cloud_groups[cloud] for cloud in roster.cloud_K),
+            clouds=roster.cloud_K,
             attackers=attackers,
             server_noise_stddev=plan.noise_stddev if plan.unit == "client" else 0.0,
             # A sum of weights that follow from private data would be one more release.
-            sums_weights=plan.unit != "client" and (by_loss is not None or rule.weighs_by_result),
+            sums_weights=plan.unit != "client"
+            and (roster.by_loss is not None or rule.weighs_by_result),
             measures_error=measure_error
-            and robust is None
-            and not isinstance(combine, NormalisedMean)
+            and combine is None
             and not rule.kept
-            and not self._weights.normalises_steps,
+            and not roster.weights.normalises_steps,
         )
+        if self._recipe.sums_weights and count > WeightCodec.MOST_CLIENTS:
+            raise UserError(
+                f"weights that follow from results add up for at most {WeightCodec.MOST_CLIENTS} "
+                f"clients, there are {count}; use weights that are known beforehand"
+            )
         shapes = jax.eval_shape(
             lambda key: rule.init(init_adapter(model.config, lora, key)), self._seed
         )
@@ -183,28 +173,26 @@ class Federation:
             RoundPrograms(self._recipe, phase, self._codecs(shapes, phase, max_norm, bits))
             for phase in range(len(rule.phases))
         )
-        ranks = tuple(lora.rank if p.rank is None else p.rank for p in participants)
         self._sizes = WireSizes(
             rule,
             shapes,
-            ranks,
-            self._cloud_K,
+            roster.ranks,
+            roster.cloud_K,
             training.drift.control,
             self._recipe.sums_weights,
             self._recipe.reads_messages,
         )
         self._base = self.layout.replicate(model.base)
-        self._ranks_K = np.array(ranks, np.int32)
-        self._steps_K = np.array(
-            [training.steps if p.local_steps is None else p.local_steps for p in participants],
-            np.int32,
+        self._road = Road(
+            self._base,
+            self.layout,
+            self._seed,
+            self.participants,
+            # Stopping by name would release what unit `client` hides: there the codec sends zeros.
+            # With unit `example` an update follows from noised sums alone, and so does this error.
+            plan.unit != "client",
+            self._recipe.sums_weights,
         )
-        self._before_K = self._weights.contributions_K
-        if by_loss is not None:
-            self._before_K = by_loss.beforehand(
-                [p.rows for p in participants], [p.cloud.link.up_mbps for p in participants]
-            )
-        self._tables = self.layout.shard(client_tables(self.participants, training))
         self._held_out = HeldOut(
             self.layout,
             [participant.evaluation for participant in participants],
@@ -213,7 +201,11 @@ class Federation:
         )
         self._hidden: HiddenSums | None = None
         if not isinstance(sum_mode, Plain):
-            self._hidden = HiddenSums(sum_mode, self.names, cloud_groups, self._lengths())
+            codecs: list[Codec] = [c for programs in self._programs for c in programs.codecs]
+            if self._recipe.sums_weights:
+                codecs.append(WeightCodec)
+            most = max(len(roster.members(cloud)) for cloud in range(len(roster.clouds)))
+            self._hidden = HiddenSums(sum_mode, self.names, cloud_groups, most, codecs)
 
     def _codecs(
         self, server: Any, phase: int, max_norm: float, bits: int
@@ -231,19 +223,6 @@ class Federation:
             )
         return tuple(found)
 
-    def _length(self, codec: MessageCodec | None) -> tuple[int, int]:
-        """Integers that a cloud sends in a sum, and their bound; None is the sum of weights."""
-        most = max(self._cloud_K.count(cloud) for cloud in range(len(self.clouds)))
-        if codec is None:
-            return WeightCodec.LIMBS, most * WeightCodec.MAX_INT
-        return codec.size, most * codec.fixed_point.max_int
-
-    def _lengths(self) -> list[tuple[int, int]]:
-        codecs = [codec for programs in self._programs for codec in programs.codecs]
-        return [self._length(codec) for codec in codecs] + (
-            [self._length(None)] if self._recipe.sums_weights else []
-        )
-
     @property
     def parameters(self) -> int:
         """Numbers that each cloud sends in a round, the most of any."""
@@ -252,7 +231,7 @@ class Federation:
     @property
     def names(self) -> tuple[str, ...]:
         """The clouds' names, in order."""
-        return tuple(cloud.name for cloud in self.clouds)
+        return self.roster.names
 
     @property
     def client_names(self) -> tuple[str, ...]:
@@ -264,13 +243,16 @@ class Federation:
         if self._hidden is None:
             return Plain().statement()
         words = self._hidden.statement()
-        if len(self.participants) > len(self.clouds):
+        if len(self.participants) > len(self.names):
             words += (
                 ". Clients of one cloud are summed inside it in the plain: their own cloud sees "
                 "their updates, nobody else does"
             )
+        sums = self.rule.stages + self._recipe.sums_weights
+        if sums > 1:
+            words += f". Each round opens {sums} sums of the same clouds"
         if self._recipe.sums_weights:
-            words += ". The sum of the clients' weights is opened first, and all see it"
+            words += ", the first of the clients' weights, and all see it"
         if isinstance(self.sum_mode, Selective):
             words += (
                 ". Each cloud adds the whole noise itself, so that the epsilon per example holds "
@@ -295,7 +277,7 @@ class Federation:
             self._training,
             self._seed,
             len(self.participants),
-            self._combine,
+            self._robust,
         )
 
     def model_of(self, state: FederationState, cloud: str | None = None) -> tuple[PyTree, Adapter]:
@@ -309,11 +291,7 @@ class Federation:
         Raises:
             UserError: no such cloud.
         """
-        client = None
-        if cloud is not None:
-            if cloud not in self.names:
-                raise UserError(f"no cloud {cloud!r}; there are {', '.join(self.names)}")
-            client = self._cloud_K.index(self.names.index(cloud))
+        client = None if cloud is None else self.roster.place_of(cloud)
         residual = state.server.residual
         base = add_dense(self.model.base, residual) if residual else self.model.base
         return base, adapter_of(self.rule, state, client)
@@ -331,8 +309,8 @@ class Federation:
         ]
         losses = {}
         for cloud, name in enumerate(self.names):
-            members = [k for k, own in enumerate(self._cloud_K) if own == cloud]
             # A client with an adapter of its own is measured with that one.
+            members = self.roster.members(cloud)
             sums = [found[k if self.rule.kept else 0][k] for k in members]
             tokens = sum(count for _, count in sums)
             losses[name] = sum(nll for nll, _ in sums) / max(tokens, 1)
@@ -347,13 +325,20 @@ class Federation:
             yield state, done
 
     def run_round(
-        self, state: FederationState, on_stage: OnStage = lambda stage: None
+        self,
+        state: FederationState,
+        on_stage: OnStage = lambda stage: None,
+        before_opening: BeforeOpening = lambda number, clouds: None,
     ) -> tuple[FederationState, RoundReport]:
         """Runs one round: broadcast, local training, sum, server step.
 
         Args:
             state: after the round before; it stays valid.
             on_stage: called with the name of each stage as it begins.
+            before_opening: called with the round and the clouds that send, before the first sum of
+                a round between clouds. Messages of a round repeat, so that two totals of one round
+                over different clouds would tell their difference: whoever may run a round again in
+                another process records this, and raises where the clouds differ.
 
         Raises:
             UserError: no cloud is online, or training diverged in a client. With privacy unit
@@ -367,29 +352,28 @@ class Federation:
                 f"round {number}: the privacy plan accounts for {self.plan.rounds} rounds; "
                 "plan more, at a larger epsilon"
             )
-        online_K = np.array([number not in p.offline_rounds for p in self.participants], bool)
-        if not online_K.any():
-            raise UserError(f"round {number}: no cloud is online; resume when one is")
-        online = [
-            name
-            for cloud, name in enumerate(self.names)
-            if online_K[np.array(self._cloud_K) == cloud].any()
-        ]
+        online_K = self.roster.online(number)
+        online = self.roster.clouds_online(online_K)
+        if isinstance(self._robust, GroupRobust):
+            self._robust.check(len(online))
+        elif self._robust is not None:
+            self._robust.check(int(online_K.sum()))
         if self._hidden is not None:
             self._hidden.check(online)
         phase = self.rule.phase(number)
         programs = self._programs[phase]
-        clients = self._client_inputs(state, online_K & self._selected(number))
-        inverse = jnp.float32(1 / self._divisor(online_K))
+        selected_K = online_K & self.roster.selected(number)
+        clients = self.roster.inputs(state.clients, selected_K)
+        inverse = jnp.float32(1 / self.roster.divisor(online_K, self._recipe.sums_weights))
         ledger = Ledger.of(self.names)
+        on_stage("train")
+        given = (programs, state.globals, clients, inverse, number, ledger)
         if self._hidden is None:
-            on_stage("train")
-            run = functools.partial(self._plain_round, programs)
+            applied, local, message = self._road.plain(*given)
         else:
-            run = functools.partial(
-                self._hidden_round, programs, self._hidden, online, ledger, on_stage
+            applied, local, message = self._road.hidden(
+                *given, self._hidden, online, on_stage, before_opening
             )
-        applied, local, message = run(state, clients, inverse, number, ledger)
         for cloud, name in enumerate(self.names):
             if self._hidden is None:
                 ledger.sent[name] += self._sizes.up(phase, cloud, online_K.tolist())
@@ -403,8 +387,8 @@ class Federation:
         return new_state, report(
             number=number,
             participants=self.participants,
-            clouds=self.clouds,
-            cloud_K=self._cloud_K,
+            clouds=self.roster.clouds,
+            cloud_K=self.roster.cloud_K,
             online=online,
             metrics=jax.device_get(local.metrics),
             norms_K=np.asarray(message.norm)[: len(self.participants)],
@@ -414,139 +398,6 @@ class Federation:
             error=float(applied.error),
             ledger=ledger,
         )
-
-    def _plain_round(
-        self,
-        programs: RoundPrograms,
-        state: FederationState,
-        clients: ClientInputs,
-        inverse: jax.Array,
-        number: int,
-        ledger: Ledger,
-    ) -> tuple[Applied, Local, EncodedMessage]:
-        """All of a round as one program."""
-        started = time.perf_counter()
-        where = (self._seed, jnp.int32(number))
-        applied, local, message, limbs_Kx4 = jax.block_until_ready(
-            programs.round(
-                self._base, self.layout.replicate(state.globals), clients, inverse, *where
-            )
-        )
-        self._check_finite(message, number)
-        if self._recipe.sums_weights:
-            self._check_weights(limbs_Kx4, number)
-        ledger.seconds["train"] = time.perf_counter() - started
-        return applied, local, message
-
-    def _hidden_round(
-        self,
-        programs: RoundPrograms,
-        hidden: HiddenSums,
-        online: list[str],
-        ledger: Ledger,
-        on_stage: OnStage,
-        state: FederationState,
-        clients: ClientInputs,
-        inverse: jax.Array,
-        number: int,
-        _: Ledger,
-    ) -> tuple[Applied, Local, EncodedMessage]:
-        """A round whose sums are taken between the clouds."""
-        shared = self.layout.replicate(state.globals)
-        where = (self._seed, jnp.int32(number))
-        sums_a_round = programs.stages + self._recipe.sums_weights
-        numbers = iter(range((number - 1) * sums_a_round + 1, number * sums_a_round + 1))
-
-        def total(ints_KxP: jax.Array, codec: MessageCodec | None) -> jax.Array:
-            ints_CxP = programs.by_cloud(ints_KxP)
-            length = self._length(codec)
-            found = hidden.total(length, ints_CxP, online, next(numbers), ledger, on_stage)
-            return jnp.asarray(found, jnp.int32)
-
-        on_stage("train")
-        started = time.perf_counter()
-        sums = Sums()
-        if self._recipe.sums_weights:
-            local = jax.block_until_ready(programs.train(self._base, shared, clients, *where))
-            limbs_Kx4 = programs.weigh(shared, clients, local, *where)
-            self._check_weights(limbs_Kx4, number)
-            ledger.seconds["train"] = time.perf_counter() - started
-            sums = Sums(inverse_weight=programs.inverse_weight(total(limbs_Kx4, None)))
-            message = programs.send(0, shared, clients, local, sums, *where)
-        else:
-            local, message = jax.block_until_ready(
-                programs.train_and_send(self._base, shared, clients, *where)
-            )
-            ledger.seconds["train"] = time.perf_counter() - started
-        self._check_finite(message, number)
-        first = message
-        for stage, codec in enumerate(programs.codecs[:-1]):
-            public = programs.between(stage, total(message.ints_P, codec), inverse, shared, *where)
-            sums = sums._replace(public=public)
-            message = programs.send(stage + 1, shared, clients, local, sums, *where)
-        summed = total(message.ints_P, programs.codecs[-1])
-        started = time.perf_counter()
-        applied = jax.block_until_ready(
-            programs.apply(summed, inverse, shared, clients, local, sums, *where)
-        )
-        ledger.seconds["apply"] = time.perf_counter() - started
-        return applied, local, first
-
-    def _selected(self, number: int) -> np.ndarray:
-        """Which clients take part: all, or a Poisson sample when the unit is the client."""
-        count = len(self.participants)
-        if self.plan.unit != "client" or self.plan.sampler.kind == "full":
-            return np.ones(count, dtype=bool)
-        key = key_for(self._seed, Purpose.CLIENT_SAMPLING, number)
-        indices_K, chosen = poisson_sample(key, count, self.plan.sampler.rates[0], count)
-        selected_K = np.zeros(count, dtype=bool)
-        selected_K[np.asarray(indices_K)[: int(chosen)]] = True
-        return selected_K
-
-    def _divisor(self, online_K: np.ndarray) -> float:
-        """The public number that turns the sum into a mean."""
-        if self._recipe.sums_weights:
-            return 1.0  # the shares add up to one
-        divisor = self._weights.divisor(online_K)
-        if self._by_loss is not None:
-            divisor = float(online_K.sum()) * self._by_loss.ordinary
-        if self.plan.unit == "client":
-            # The expected number, not the realised one, which the guarantee does not cover.
-            divisor *= self.plan.sampler.rates[0]
-        return divisor
-
-    def _client_inputs(self, state: FederationState, selected_K: np.ndarray) -> ClientInputs:
-        count = len(self.participants)
-        place, weight, participates, rank, steps = self.layout.shard(
-            (
-                np.arange(count, dtype=np.int32),
-                self._before_K,
-                selected_K,
-                self._ranks_K,
-                self._steps_K,
-            )
-        )
-        own = self.layout.shard(jax.device_get(state.clients))
-        return ClientInputs(place, self._tables, own, weight, participates, rank, steps)
-
-    def _check_finite(self, message: EncodedMessage, number: int) -> None:
-        if self.plan.unit == "client":
-            # Stopping here, by name, would release what the unit hides: the codec sends zeros. With
-            # unit `example` an update follows from noised sums alone, and so does this error.
-            return
-        norms_K = np.asarray(message.norm)[: len(self.participants)]
-        for participant, norm in zip(self.participants, norms_K, strict=True):
-            if not math.isfinite(norm):
-                what = "client" if participant.client else "cloud"
-                raise UserError(
-                    f"round {number}: the update of {what} {participant.name!r} is not finite, "
-                    "training diverged; lower [training] learning_rate (the last round's state is "
-                    "kept)"
-                )
-
-    def _check_weights(self, limbs_Kx4: jax.Array, number: int) -> None:
-        limbs = np.asarray(limbs_Kx4)[: len(self.participants)]
-        WeightCodec.check(limbs, self.client_names, number)
 
 
 _with_residual = jax.jit(add_dense)

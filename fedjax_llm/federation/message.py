@@ -88,6 +88,11 @@ class MessageCodec:
         fixed_point = FixedPoint(bits=bits, bound=max_norm, summands=clients)
         return cls(flat.size, max_norm, fixed_point, unravel)
 
+    @property
+    def length(self) -> tuple[int, int]:
+        """Integers of a message, and the bound of their absolute value."""
+        return self.size, self.fixed_point.max_int
+
     def encode(self, tree: PyTree) -> EncodedMessage:
         """Returns the message of a tree; pure, may be vmapped over clients."""
         flat_P = ravel_pytree(tree)[0]
@@ -106,8 +111,8 @@ class WeightCodec:
     """A weight that follows from private results, as integers that add up.
 
     Four limbs of 16 bits hold weights from 2^-48 to below 2^16 with float32's whole precision, so
-    that a sum of very unequal weights is as good as one of equal ones. Sums of up to 2^15 clients
-    fit 32 bits.
+    that a sum of very unequal weights is as good as one of equal ones. Sums of fewer than 2^15
+    clients fit 32 bits.
 
     | weight | result |
     |---|---|
@@ -118,6 +123,8 @@ class WeightCodec:
 
     LIMBS = 4
     MAX_INT = 2**16
+    MOST_CLIENTS = 2**15 - 1
+    length = (LIMBS, MAX_INT)
     _BITS = 16
 
     @classmethod

@@ -4,18 +4,20 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fedjax_llm.aggregation import AggregationRule, LossWeights, NormalisedMean, Weights
+from fedjax_llm.aggregation import AggregationRule, NormalisedMean
+from fedjax_llm.aggregation.attacks import READ_OTHERS, Attack
 from fedjax_llm.aggregation.robust import Combine, GroupRobust
 from fedjax_llm.errors import Refused, UserError
 from fedjax_llm.federation.sums import Selective, SumMode
 from fedjax_llm.federation.tables import Participant, sampler_of
-from fedjax_llm.privacy import PrivacyPlan
+from fedjax_llm.privacy import PrivacyPlan, check_weights
+from fedjax_llm.privacy.plan import Weights as WeightKind
 from fedjax_llm.training import Drift, LocalTraining
 
 Combination = NormalisedMean | Combine | GroupRobust
 
 
-def check_selective(plan: PrivacyPlan, sum_mode: SumMode) -> None:
+def check_selective(plan: PrivacyPlan, sum_mode: SumMode, rule: AggregationRule) -> None:
     """Refuses parameters in the clear that their own cloud has not noised.
 
     Formal guarantee: for the federations that pass, all that a cloud sends in the clear, in all
@@ -41,6 +43,11 @@ def check_selective(plan: PrivacyPlan, sum_mode: SumMode) -> None:
     """
     if not isinstance(sum_mode, Selective):
         return
+    if len({rule.sent(phase) for phase in range(len(rule.phases))}) > 1:
+        raise UserError(
+            f"rule {rule.name!r} sends other things in other rounds, and a selection is of one; "
+            "encrypt everything, or choose another rule"
+        )
     if plan.unit != "example":
         why = (
             "the noise of unit client is added after the sum"
@@ -68,6 +75,9 @@ def check_combination(
     hidden: bool,
     combine: Combination | None,
     weighs: bool,
+    normalises: bool = False,
+    by_loss: bool = False,
+    attack: Attack | None = None,
 ) -> None:
     """Refuses parts of a federation that do not go together, with the reason.
 
@@ -78,6 +88,9 @@ def check_combination(
         hidden: whether the sum hides single messages.
         combine: how messages are combined; None is the mean.
         weighs: whether clients count unequally.
+        normalises: whether FedNova weighs different numbers of local steps against each other.
+        by_loss: whether weights follow from losses.
+        attack: what malicious clients of a simulation do, or None.
 
     Raises:
         Refused: something would be read that a sum or a privacy unit hides.
@@ -96,6 +109,11 @@ def check_combination(
         )
     if unit == "client":
         _check_client_unit(rule, robust is not None)
+        if attack in READ_OTHERS:
+            raise Refused(
+                "the attackers make their messages out of other clients', so that one client more "
+                "or less changes several: no epsilon covers that; use unit 'none' or 'example'"
+            )
     if combine is not None and rule.stages > 1:
         raise UserError(
             f"rule {rule.name!r} sends sketches that only a mean can combine; leave combine out"
@@ -114,6 +132,18 @@ def check_combination(
             f"rule {rule.name!r} sends other things in other rounds, and a robust combination "
             "compares like with like; choose another rule"
         )
+    if normalises and (
+        by_loss or rule.weighs_by_result or rule.needs_individual_messages or combine is not None
+    ):
+        raise UserError(
+            "normalise_steps divides each client's change by its steps in a mean of weights known "
+            "beforehand; leave it out with weights by loss or result, stacked adapters or combine"
+        )
+    if drift.control and rule.new_coordinates:
+        raise UserError(
+            f"rule {rule.name!r} writes the adapter in new coordinates each round, where control "
+            "variates of the last mean nothing; choose another rule"
+        )
     if drift.control and (robust or rule.kept or rule.needs_individual_messages):
         raise UserError(
             "control variates are means over all clients of what they train; they do not go with "
@@ -131,6 +161,11 @@ def _check_client_unit(rule: AggregationRule, robust: bool) -> None:
             f"{what} adds no noise to a sum, as unit 'client' needs; choose a rule that adds, "
             "or unit 'example', where each client's message is private by itself"
         )
+    if rule.kept:
+        raise Refused(
+            f"rule {rule.name!r} leaves each client a part that no noise is added to; with unit "
+            "'client' choose another rule"
+        )
     if rule.stages > 1:
         raise Refused(
             f"rule {rule.name!r} releases {rule.stages} sums a round and the plan of unit "
@@ -138,18 +173,21 @@ def _check_client_unit(rule: AggregationRule, robust: bool) -> None:
         )
 
 
-def weight_kind(rule: AggregationRule, weights: Weights, by_loss: LossWeights | None) -> str:
-    """What the privacy plan calls the weights of a federation."""
-    if by_loss is not None:
-        return "loss" if by_loss.bound is None else "loss-bounded"
-    return "result" if rule.weighs_by_result else weights.kind
+def weight_kinds(rule: AggregationRule, kind: WeightKind) -> tuple[WeightKind, ...]:
+    """All that the weights of clients follow from, in the privacy plan's words.
+
+    Args:
+        rule: may weigh clients by their results besides.
+        kind: how they are weighed otherwise.
+    """
+    return (kind, "result") if rule.weighs_by_result else (kind,)
 
 
 def check_plan(
     plan: PrivacyPlan,
     training: LocalTraining,
     participants: Sequence[Participant],
-    weights: str,
+    weights: Sequence[WeightKind],
 ) -> None:
     """Refuses a run whose training, data or weights are not those that the plan accounts for.
 
@@ -157,7 +195,7 @@ def check_plan(
         plan: what is promised.
         training: what clients do.
         participants: the clients.
-        weights: `weight_kind` of what weighs them.
+        weights: `weight_kinds` of what weighs them; the plan names the last.
     """
     if (plan.unit == "example") != (training.privacy is not None):
         raise Refused(
@@ -166,16 +204,15 @@ def check_plan(
         )
     if plan.unit == "example":
         _check_examples(plan, training, participants)
-    if plan.unit == "client":
-        if plan.units != (len(participants),):
-            raise Refused(
-                f"the plan accounts for {plan.units} clients, there are {len(participants)}"
-            )
-        if plan.weights != weights and weights in ("examples", "tokens"):
-            raise Refused("weights other than uniform depend on the data that unit 'client' hides")
-    if plan.unit != "none" and plan.weights != weights:
+    if plan.unit == "client" and plan.units != (len(participants),):
+        raise Refused(f"the plan accounts for {plan.units} clients, there are {len(participants)}")
+    if plan.unit == "none":
+        return
+    for kind in weights:
+        check_weights(plan.unit, kind)
+    if plan.weights != weights[-1]:
         raise Refused(
-            f"the clients are weighed by {weights!r}, the plan accounts for {plan.weights!r}"
+            f"the clients are weighed by {weights[-1]!r}, the plan accounts for {plan.weights!r}"
         )
 
 

@@ -10,7 +10,7 @@ from fedjax_llm.aggregation.part import subset
 from fedjax_llm.aggregation.robust import Combine, GroupRobust
 from fedjax_llm.federation.cohort import ClientState
 from fedjax_llm.federation.keys import Purpose, key_for
-from fedjax_llm.federation.programs import Global
+from fedjax_llm.federation.recipe import Global
 from fedjax_llm.lora import Adapter, LoraConfig, init_adapter
 from fedjax_llm.models import DecoderConfig
 from fedjax_llm.training import LocalTraining, optimizer_init

@@ -10,6 +10,7 @@ from .epsilon import EpsilonReport as EpsilonReport
 from .epsilon import EpsilonRow as EpsilonRow
 from .noise import gaussian_noise_like as gaussian_noise_like
 from .plan import PrivacyPlan as PrivacyPlan
+from .plan import check_weights as check_weights
 from .sampler import SamplerSpec as SamplerSpec
 from .sampling import float32_rate as float32_rate
 from .sampling import poisson_sample as poisson_sample
@@ -22,6 +23,7 @@ __all__ = [
     "EpsilonRow",
     "PrivacyPlan",
     "SamplerSpec",
+    "check_weights",
     "clip",
     "clipped_grad_sum",
     "float32_rate",

@@ -409,10 +409,11 @@ class PrivacyPlan:
             else ""
         )
         return (
-            "Differential privacy per client. Neighbours: one cloud with all its data added or "
-            "removed; the number of clouds is public. Trust: the server sees the sum before noise "
+            "Differential privacy per client. Neighbours: one client with all its data added or "
+            "removed, that is a cloud, or one of the clients inside a cloud where it has several; "
+            "the number of clients is public. Trust: the server sees the sum before noise "
             "and adds the noise; what it passes on is private towards the other clouds and the "
             f"public. Released: the global adapter of every round. Not covered: {secrecy}the "
             "messages themselves, and losses (training and held-out), counts (clipped and diverged "
-            "updates too) and timings of a cloud. " + mechanism
+            "updates too), timings of a cloud and the aggregation error. " + mechanism
         )

@@ -32,7 +32,7 @@ from fedjax_llm.federation import (
     SumMode,
     Threshold,
 )
-from fedjax_llm.federation.promises import check_combination
+from fedjax_llm.federation.promises import check_combination, weight_kinds
 from fedjax_llm.lora import LoraConfig
 from fedjax_llm.models import Model, load_model
 from fedjax_llm.privacy import PrivacyPlan
@@ -190,18 +190,39 @@ def check_together(run_file: RunFile) -> None:
         UserError, Refused: as `Federation`; a server optimiser that the rule cannot have.
     """
     section, unit = run_file.aggregation, run_file.privacy.unit
+    made = rule(run_file)
+    kind: PlanWeights = "uniform" if section.weights == "public" else section.weights
     if unit != "none":
-        check_weights(unit, _plan_weights(run_file))
+        for each in weight_kinds(made, kind):
+            check_weights(unit, each)
     found = combination(run_file)
     steps = {cloud.local_steps or run_file.training.local_steps for cloud in run_file.clouds}
     check_combination(
-        rule=rule(run_file),
+        rule=made,
         unit=unit,
         drift=local_training(run_file).drift,
         hidden=run_file.secure.sum != "plain",
         combine=found,
         weighs=section.weights != "uniform" or (section.normalise_steps and len(steps) > 1),
+        normalises=section.normalise_steps,
+        by_loss=section.weights.startswith("loss"),
+        attack=ATTACKS.get(run_file.attack.name) if run_file.attack else None,
     )
+    plain_change = type(made).message is AggregationRule.message
+    if section.exchange == "gradients" and (made.needs_individual_messages or not plain_change):
+        raise UserError(
+            f"rule {made.name!r} does not send the change of what is trained, so that exchange = "
+            '"gradients" has no meaning; choose another rule'
+        )
+    if isinstance(found, GroupRobust) and run_file.secure.sum != "plain":
+        smallest = len(run_file.clouds) // found.groups
+        for key in ("threshold", "minimum_clients"):
+            wanted = getattr(run_file.secure, key)
+            if wanted is not None and wanted > smallest:
+                raise UserError(
+                    f"[secure] {key} is {wanted}, and {found.groups} groups of "
+                    f"{len(run_file.clouds)} clouds have as few as {smallest}; lower it, or groups"
+                )
     if isinstance(found, GroupRobust):
         found.check(len(run_file.clouds))
     elif found is not None and not isinstance(found, NormalisedMean):

@@ -58,8 +58,8 @@ def of(run_file: RunFile, base: Model, corpora: Sequence[Corpus]) -> Fingerprint
         # Elsewhere a link is a matter of time and money; here it weighs its cloud.
         own += [cloud.link.model_dump(mode="json") for cloud in run_file.clouds]
     found["settings of the clouds"] = _text(own)
-    if run_file.attack is not None:
-        found["section [attack]"] = _text(run_file.attack.model_dump(mode="json"))
+    attack = run_file.attack
+    found["section [attack]"] = _text(attack and attack.model_dump(mode="json"))
     found["model"] = _text([repr(base.config), _arrays(base.base)])
     found["tokenizer"] = base.tokenizer.sha256
     for corpus in corpora:

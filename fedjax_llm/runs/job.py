@@ -14,7 +14,16 @@ from fedjax_llm.data import Record, prompt_text
 from fedjax_llm.errors import UserError
 from fedjax_llm.federation import Federation, FederationState, RoundReport
 from fedjax_llm.models import Model, generate
-from fedjax_llm.runs import build, fingerprint, machine, metrics, report, runfile, summary
+from fedjax_llm.runs import (
+    build,
+    fingerprint,
+    machine,
+    metrics,
+    opened,
+    report,
+    runfile,
+    summary,
+)
 from fedjax_llm.runs.checkpoints import Checkpoints
 from fedjax_llm.runs.events import (
     Note,
@@ -87,7 +96,7 @@ def run(run_file: RunFile, folder: RunFolder, *, on_event: OnEvent = ignore) -> 
                 _finish_round(folder, checkpoints, board, initial, record, identity, on_event)
             for number in range(int(state.round) + 1, run_file.rounds + 1):
                 on_event(RoundStarted(number, run_file.rounds))
-                state, record = _one_round(federation, run_file, state, on_event)
+                state, record = _one_round(folder, federation, run_file, state, on_event)
                 _finish_round(folder, checkpoints, board, state, record, identity, on_event)
     finally:
         checkpoints.close()
@@ -124,8 +133,8 @@ def resume(path: Path, *, on_event: OnEvent = ignore) -> Summary:
 
 
 def _attack_statement(attack: AttackSection) -> str:
-    clouds = ", ".join(attack.clouds)
-    return f"simulated attack: {clouds} do {attack.name} at scale {attack.scale:g} in every round"
+    scale = "" if attack.name == build.LABEL_FLIP else f" at scale {attack.scale:g}"
+    return f"simulated attack: {', '.join(attack.clouds)} do {attack.name}{scale} in every round"
 
 
 def _finished(run_file: RunFile, folder: RunFolder) -> Summary | None:
@@ -155,6 +164,7 @@ def _before_training(
 
 
 def _one_round(
+    folder: RunFolder,
     federation: Federation,
     run_file: RunFile,
     state: FederationState,
@@ -163,7 +173,9 @@ def _one_round(
     stages = ("train", "encrypt", "decrypt", "evaluate")
     started = time.perf_counter()
     state, done = federation.run_round(
-        state, on_stage=lambda stage: on_event(Progress(stages.index(stage), len(stages), stage))
+        state,
+        on_stage=lambda stage: on_event(Progress(stages.index(stage), len(stages), stage)),
+        before_opening=lambda number, clouds: opened.record(folder, number, clouds),
     )
     last = done.round == run_file.rounds
     losses: dict[str, float] = {}
@@ -210,6 +222,8 @@ def _record(done: RoundReport, losses: dict[str, float], federation: Federation)
             clouds[name]["loss_eval_nats"] = losses[name]
         if spent.epsilon is None:
             clouds[name]["epsilon_reason"] = spent.reason or ""
+        elif plan.unit == "client" and len(federation.participants) > len(done.clouds):
+            clouds[name]["epsilon_reason"] = "the unit is one client of a cloud, not the cloud"
         else:
             clouds[name]["epsilon"] = per_cloud.get(name, spent.epsilon)
     record = RoundRecord(

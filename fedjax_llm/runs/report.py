@@ -76,6 +76,7 @@ def render(folder: RunFolder) -> str:
         charts=_charts(records),
         shares=_shares(records),
         change=_change,
+        aggregation=_aggregation(settings, records),
         epsilon_text=text.epsilon_text,
         delta_text=text.delta_text,
         run_toml=run_toml,
@@ -105,6 +106,28 @@ def _shares(records: list[metrics.RoundRecord]) -> list[Share]:
         for index, (name, value) in enumerate(seconds.items())
         if value > 0
     ]
+
+
+def _aggregation(settings: dict[str, Any], records: list[metrics.RoundRecord]) -> str:
+    """The rule, what goes with it, and how far its results were from the mean of the products."""
+    section = settings.get("aggregation", {})
+    words = [f"Rule {section.get('rule', 'ffa')}"]
+    if section.get("combine", "mean") != "mean":
+        groups = f" over {section['groups']} groups" if section.get("groups") else ""
+        words.append(f"combined by {section['combine']}{groups}")
+    words.append(f"weights {section.get('weights', 'uniform')}")
+    words.append(f"server optimiser {section.get('server_optimizer', 'sgd')}")
+    sentence = ", ".join(words) + "."
+    errors = [e for record in records if (e := record.get("aggregation_error")) is not None]
+    if errors:
+        sentence += (
+            f" The global product differed from the mean of the clients' products by "
+            f"{errors[-1]:.1e} of its norm in the last round, by {max(errors):.1e} at most; "
+            "clipping, rounding and noise included."
+        )
+    if (attack := settings.get("attack")) is not None:
+        sentence += f" Simulated attack: {', '.join(attack['clouds'])} did {attack['name']}."
+    return sentence
 
 
 def _change(before: float | None, after: float | None) -> str:

@@ -151,7 +151,8 @@ class Cloud(Section):
     `rank` and `local_steps` are this cloud's own, at most those of [adapter] and [training];
     `weight` counts with [aggregation] weights = "public". With `clients` above 1 its training rows
     are divided by `partition` (dirichlet takes `concentration`) among so many clients, whose
-    updates are summed inside the cloud before anything leaves it.
+    updates are summed inside the cloud before anything leaves it, unless the rule or combination
+    reads each.
     """
 
     name: str = Field(min_length=1, max_length=64)
@@ -190,7 +191,8 @@ class RunFile(Section):
             if name in names[:index]:
                 raise problem(("clouds", index, "name"), "must be unique among the clouds")
         check_aggregation(self.aggregation, self.training.local_steps, self.secure.sum)
-        check_attack(self.attack, names)
+        check_attack(self.attack, names, self.privacy.unit)
+        self._check_unread()
         for index, cloud in enumerate(self.clouds):
             for key, own, whole, section in (
                 ("rank", cloud.rank, self.adapter.rank, "adapter"),
@@ -216,6 +218,42 @@ class RunFile(Section):
                 'use sampling = "poisson"',
             )
         return self
+
+    def _check_unread(self) -> None:
+        """Refuses settings of clouds and training that nothing would read."""
+        public = self.aggregation.weights == "public"
+        if public and all(cloud.weight == 1 for cloud in self.clouds):
+            raise problem(
+                ("aggregation", "weights"), 'needs a weight in some [[clouds]]; or use "uniform"'
+            )
+        for index, cloud in enumerate(self.clouds):
+            idle = {
+                "weight": (not public, 'goes with [aggregation] weights = "public"'),
+                "partition": (cloud.clients == 1, "goes with clients above 1"),
+                "concentration": (
+                    cloud.clients == 1 or cloud.partition != "dirichlet",
+                    'goes with clients above 1 and partition = "dirichlet"',
+                ),
+            }
+            for key, (unread, what) in idle.items():
+                if unread and getattr(cloud, key) != Cloud.model_fields[key].default:
+                    raise problem(("clouds", index, key), f"{what}; remove it", got=False)
+        if self.aggregation.exchange == "gradients":
+            for key in ("optimizer", "learning_rate", "proximal"):
+                default = TrainingSection.model_fields[key].default
+                if getattr(self.training, key) != default:
+                    raise problem(
+                        ("training", key),
+                        'has no effect with [aggregation] exchange = "gradients", where the server '
+                        "takes the step; remove it and set server_optimizer and its rate",
+                        got=False,
+                    )
+        if self.training.scaffold and self.secure.selective is not None:
+            raise problem(
+                ("training", "scaffold"),
+                "sends control variates, which [secure.selective] has no names for; remove one",
+                got=False,
+            )
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunFile:

@@ -30,7 +30,7 @@ class LossWeightsSection(Section):
     """
 
     alpha: Annotated[float, Field(ge=0, le=4)] = 0.5
-    bound: Annotated[float, Field(gt=1)] = 2.0
+    bound: Annotated[float, Field(gt=1, le=1e6)] = 2.0
     loss: Positive = 3.0
     rows: Positive = 1000.0
     up_mbps: Positive = 100.0
@@ -78,21 +78,25 @@ class AttackSection(Section):
     scale: Positive = 1.0
 
 
+# Combinations that take the number of malicious clients.
+_COUNT_MALICIOUS = ("krum", "multi-krum", "trimmed-mean")
+
+
 def check_aggregation(aggregation: AggregationSection, local_steps: int, secure_sum: str) -> None:
-    """Refuses settings that contradict each other.
+    """Refuses settings that contradict each other, or that nothing would read.
 
     Args:
       aggregation: the section.
       local_steps: [training] local_steps.
       secure_sum: [secure] sum.
     """
-    if aggregation.groups is not None and aggregation.combine in ADDITIVE_COMBINES:
+    combine = aggregation.combine
+    if aggregation.groups is not None and combine in ADDITIVE_COMBINES:
         raise problem(
             ("aggregation", "groups"),
-            f'goes with a robust combine, not with "{aggregation.combine}"; name one, or remove it',
+            f'goes with a robust combine, not with "{combine}"; name one, or remove it',
         )
-    hidden = secure_sum != "plain"
-    if hidden and aggregation.combine not in ADDITIVE_COMBINES and aggregation.groups is None:
+    if secure_sum != "plain" and combine not in ADDITIVE_COMBINES and aggregation.groups is None:
         raise problem(
             ("aggregation", "combine"),
             f'has to read the message of each cloud, which [secure] sum = "{secure_sum}" hides; '
@@ -106,12 +110,45 @@ def check_aggregation(aggregation: AggregationSection, local_steps: int, secure_
             f"{local_steps}; set local_steps = 1",
             got=False,
         )
+    weights = aggregation.weights
+    unread = {
+        "byzantine": (
+            combine not in _COUNT_MALICIOUS,
+            f"goes with combine = {' or '.join(_COUNT_MALICIOUS)}",
+        ),
+        "radius": (combine != "centred-clipping", "goes with combine = centred-clipping"),
+        "loss_weights": (
+            not weights.startswith("loss"),
+            "goes with weights = loss or loss-bounded",
+        ),
+    }
+    for key, (idle, what) in unread.items():
+        if idle and getattr(aggregation, key) != AggregationSection.model_fields[key].default:
+            raise problem(("aggregation", key), f"{what}; remove it", got=False)
+    bound = LossWeightsSection.model_fields["bound"].default
+    if weights == "loss" and aggregation.loss_weights.bound != bound:
+        raise problem(
+            ("aggregation", "loss_weights", "bound"),
+            "goes with weights = loss-bounded, the published rule has none; remove it",
+            got=False,
+        )
 
 
-def check_attack(attack: AttackSection | None, clouds: Sequence[str]) -> None:
-    """Refuses an attack by clouds that do not exist."""
+def check_attack(attack: AttackSection | None, clouds: Sequence[str], unit: str) -> None:
+    """Refuses an attack by clouds that do not exist, or that no epsilon covers."""
     if attack is None:
         return
     for index, name in enumerate(attack.clouds):
         if name not in clouds:
             raise problem(("attack", "clouds", index), f"must be one of {', '.join(clouds)}")
+    if attack.name != "label-flip":
+        return
+    if attack.scale != AttackSection.model_fields["scale"].default:
+        raise problem(("attack", "scale"), "does not go with label-flip; remove it", got=False)
+    if unit == "example":
+        raise problem(
+            ("attack", "name"),
+            'gives examples the answers of others, and [privacy] unit = "example" covers a change '
+            "of one; use unit none or client",
+            refused=True,
+        )

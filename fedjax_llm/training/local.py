@@ -54,7 +54,9 @@ class Drift:
         control: SCAFFOLD (arXiv 1910.06378, algorithm 1): the gradient is corrected by the global
             control variate minus the client's own. A client's next one is the mean of its gradients
             over the local steps: the paper's option II, whose (x - y) / (S eta) is that mean for
-            sgd, and which in this form holds for any local optimiser. It doubles the uplink.
+            sgd, and which in this form holds for any local optimiser. It doubles the uplink. A
+            message that is shortened to its bound shortens the change of the global variate too,
+            and not the client's own.
     """
 
     proximal: float = 0.0

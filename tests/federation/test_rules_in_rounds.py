@@ -32,6 +32,7 @@ from fedjax_llm.federation import (
     RoundReport,
     Threshold,
 )
+from fedjax_llm.federation.message import WeightCodec
 from fedjax_llm.lora import LoraConfig
 from fedjax_llm.privacy import PrivacyPlan
 from fedjax_llm.training import Drift, LocalTraining
@@ -180,14 +181,12 @@ def test_sums_of_several_stages_count_all_they_send(federate: Build, name: str) 
     assert hidden is not None
     _, reports = run(federation, 2)
     for number, report in enumerate(reports, start=1):
-        phase = federation.rule.phase(number)
-        codecs = federation._programs[phase].codecs
-        lengths = [federation._length(codec) for codec in codecs]
+        codecs: list[Any] = list(federation._programs[federation.rule.phase(number)].codecs)
         if RULES[name].weighs_by_result:
-            lengths.append(federation._length(None))
-        uploads = sum(hidden._open[length][0].upload_bytes("north") for length in lengths)
+            codecs.append(WeightCodec)
+        uploads = sum(hidden.upload_bytes(codec, "north") for codec in codecs)
         sent = report.clouds["north"].uplink_bytes
-        assert uploads <= sent < uploads * 1.5 + 5e5 * len(lengths)
+        assert uploads <= sent < uploads * 1.5 + 5e5 * len(codecs)
 
 
 def test_personal_adapters_differ_and_are_evaluated_each_by_itself(federate: Build) -> None:
@@ -240,7 +239,7 @@ def changes_of(federation: Federation) -> tuple[np.ndarray, np.ndarray, np.ndarr
     local = federation._programs[0].train(
         federation._base,
         federation.layout.replicate(state.globals),
-        federation._client_inputs(state, np.ones(count, bool)),
+        federation.roster.inputs(state.clients, np.ones(count, bool)),
         federation._seed,
         jnp.int32(1),
     )
@@ -309,11 +308,11 @@ def test_bounded_weights_keep_the_sensitivity_of_unit_client(federate: Build) ->
     programs = federation._programs[0]
     sums = []
     for present in ([True] * 3, [True, True, False]):
-        inputs = federation._client_inputs(state, np.array(present))
+        inputs = federation.roster.inputs(state.clients, np.array(present))
         where = (federation._seed, jnp.int32(1))
         shared = federation.layout.replicate(state.globals)
         _, message = programs.train_and_send(federation._base, shared, inputs, *where)
-        ints = np.asarray(programs.total(message.ints_P), np.float64)
+        ints = np.asarray(programs._server.total(message.ints_P), np.float64)
         sums.append(ints * programs.codecs[0].fixed_point.step)
     assert 0.09 < np.linalg.norm(sums[0] - sums[1]) <= 0.1
 
@@ -369,8 +368,6 @@ def test_public_weights_may_differ_with_unit_client(federate: Build) -> None:
 
 
 def test_a_weight_that_is_not_finite_is_an_error_that_names_its_client() -> None:
-    from fedjax_llm.federation.message import WeightCodec
-
     weights = [0.0, 2.0**-48, 0.1, 1.0, 65535.9]
     limbs = np.stack([np.asarray(WeightCodec.encode(jnp.float32(w))) for w in weights])
     assert limbs.min() >= 0 and limbs.max() <= WeightCodec.MAX_INT
@@ -482,7 +479,7 @@ def test_scaffold_corrects_the_drift_of_the_clients(federate: Build) -> None:
         local = programs.train(
             federation._base,
             federation.layout.replicate(state.globals),
-            federation._client_inputs(state, np.ones(3, bool)),
+            federation.roster.inputs(state.clients, np.ones(3, bool)),
             federation._seed,
             jnp.int32(4),
         )
@@ -685,6 +682,10 @@ def test_a_zero_message_has_no_direction() -> None:
         assert np.linalg.norm(found) == pytest.approx(1.0, rel=1e-6)
 
 
+SCAFFOLD = LocalTraining(optax.sgd(0.5), 2, 6, 4, drift=Drift(control=True))
+STEPS = Weights.of(None, 3, norms=[1.0, 2.0, 2.0])
+
+
 @pytest.mark.parametrize(
     ("changes", "kind", "match"),
     [
@@ -703,6 +704,11 @@ def test_a_zero_message_has_no_direction() -> None:
             UserError,
             "control variates",
         ),
+        ({"training": SCAFFOLD, "rule": rule("fedsvd")}, UserError, "new coordinates"),
+        ({"weights": STEPS, "rule": rule("flora")}, UserError, "normalise_steps"),
+        ({"weights": STEPS, "rule": rule("hetlora")}, UserError, "normalise_steps"),
+        ({"weights": STEPS, "combine": NormalisedMean()}, UserError, "normalise_steps"),
+        ({"combine": CentredClipping(1.0), "rule": rule("rolora")}, UserError, "like with like"),
     ],
 )
 def test_parts_that_do_not_go_together_are_refused(
@@ -715,10 +721,74 @@ def test_parts_that_do_not_go_together_are_refused(
 
 @pytest.mark.parametrize(
     "changes",
-    [{"rule": rule(name)} for name in [*READING, "fedask"]] + [{"combine": CoordinateMedian()}],
+    [
+        *[{"rule": rule(name)} for name in [*READING, "fedask", "fedsa"]],
+        {"combine": CoordinateMedian()},
+    ],
 )
 def test_what_adds_no_noise_to_one_sum_is_refused_for_unit_client(
     federate: Build, changes: dict[str, Any]
 ) -> None:
-    with pytest.raises(Refused, match=r"unit 'client'|'client' accounts"):
+    with pytest.raises(Refused, match=r"unit 'client'|'client' (accounts|choose)"):
         federate("client", **changes)
+
+
+@pytest.mark.parametrize("attack", ["gaussian", "little-is-enough"])
+def test_attackers_that_read_others_are_refused_for_unit_client(
+    federate: Build, attack: str
+) -> None:
+    """One client more or less would change several messages."""
+    malicious = Attackers(ATTACKS[attack], (True, False, False), 1.0)
+    with pytest.raises(Refused, match="no epsilon covers that"):
+        federate("client", attackers=malicious)
+    federate("client", attackers=dataclasses.replace(malicious, attack=ATTACKS["sign-flip"]))
+
+
+def test_weights_by_result_do_not_hide_what_else_clients_are_weighed_by(federate: Build) -> None:
+    plan = PrivacyPlan.for_examples(
+        [20, 32, 26],
+        expected_batch=6,
+        steps_per_round=2,
+        rounds=4,
+        clip_norm=0.5,
+        noise_multiplier=0.8,
+        delta=1e-3,
+        weights="result",
+    )
+    common = {"plan": plan, "rule": rule("hetlora")}
+    federate("example", **common)
+    with pytest.raises(Refused, match="number of tokens follow"):
+        federate("example", weights=Weights.of([1.0, 2.0, 3.0], 3, kind="tokens"), **common)
+    with pytest.raises(Refused, match="by loss follow"):
+        federate("example", weights=LossWeights(bound=2.0), **common)
+
+
+def test_a_robust_combination_is_refused_where_too_few_can_be_reached(
+    federate: Build, make_participants: Clouds
+) -> None:
+    """With one of five away, krum against one attacker would be the mean by another name."""
+    clouds = many(make_participants, 5)
+    clouds[0] = dataclasses.replace(clouds[0], offline_rounds=frozenset({1}))
+    federation = federate(participants=clouds, combine=Krum(1))
+    with pytest.raises(UserError, match="krum needs at least 5 clients in a round"):
+        federation.run_round(federation.init())
+
+
+def test_what_is_about_to_be_opened_is_told_before_it_is(
+    federate: Build, make_participants: Clouds
+) -> None:
+    """And what the listener raises ends the round before any sum."""
+    clouds = make_participants(south=frozenset({1}))
+    federation = federate(participants=clouds, rule=rule("hetlora"), sum_mode=Masked())
+    told: list[tuple[int, list[str]]] = []
+    stages: list[str] = []
+
+    def refuse(number: int, names: Any) -> None:
+        told.append((number, list(names)))
+        raise Refused("no")
+
+    with pytest.raises(Refused, match="no"):
+        federation.run_round(federation.init(), stages.append, refuse)
+    assert told == [(1, ["north", "west"])] and stages == ["train"]
+    federation.run_round(federation.init(), before_opening=lambda *a: told.append((0, [])))
+    assert len(told) == 2  # once a round, whatever the number of sums

@@ -1,0 +1,114 @@
+"""All that the programs of a federation are built from, and what goes in and out of them.
+
+Notation: K' clients with padding, P numbers of a message, G sums that stay apart (groups).
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+
+from fedjax_llm.aggregation import AggregationRule, LossWeights, NormalisedMean, ServerState
+from fedjax_llm.aggregation.attacks import Attack
+from fedjax_llm.aggregation.robust import Combine, GroupRobust
+from fedjax_llm.federation.cohort import RowLossOfBase
+from fedjax_llm.federation.layout import CohortLayout
+from fedjax_llm.training import LocalTraining
+
+PyTree = Any
+
+
+class Global(NamedTuple):
+    """What the server holds.
+
+    Attributes:
+        server: adapter, optimiser and memory of the rule.
+        control: the global control variate of each phase; () without SCAFFOLD.
+        combine: memory of a robust combination; () for most.
+    """
+
+    server: ServerState
+    control: tuple[PyTree, ...]
+    combine: PyTree
+
+
+class Applied(NamedTuple):
+    """The server's state after a round, and what the round came to.
+
+    Attributes:
+        state: after the round.
+        update_norm: l2 norm of the update, before the server's optimiser.
+        error: see `aggregation.error`; NaN where it is not measured.
+    """
+
+    state: Global
+    update_norm: jax.Array
+    error: jax.Array
+
+
+class Sums(NamedTuple):
+    """What has been summed before the last stage.
+
+    Attributes:
+        inverse_weight: one over the sum of the weights that follow from results; None without.
+        public: what the rule made of its stage before; () in the first.
+    """
+
+    inverse_weight: jax.Array | None = None
+    public: PyTree = ()
+
+
+@dataclass(frozen=True)
+class Attackers:
+    """Clients that send something else than what they trained, in a simulation.
+
+    Attributes:
+        attack: what they send.
+        malicious: one bool for each client.
+        scale: of the attack.
+    """
+
+    attack: Attack
+    malicious: tuple[bool, ...]
+    scale: float
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that the programs of a federation are built from.
+
+    Attributes:
+        layout: where clients run.
+        training: the local update.
+        rule: trainable part, messages and server step.
+        row_loss: `(base, adapter, row) -> loss in nats`.
+        by_loss: weights that follow from losses, or None.
+        normalised: messages are divided by their length, or None.
+        combine: how messages, or group sums, are combined; None is the mean.
+        groups: of each client if group sums stay apart, else None.
+        clouds: the cloud of each client; clients of one are summed before anything leaves it.
+        attackers: of a simulation with malicious clients, or None.
+        server_noise_stddev: standard deviation of the Gaussian noise that the server adds to each
+            coordinate of the *sum*; 0 where the clients' messages are private already.
+        sums_weights: whether weights are summed before messages are sent.
+        measures_error: whether the aggregation error is measured.
+    """
+
+    layout: CohortLayout
+    training: LocalTraining
+    rule: AggregationRule
+    row_loss: RowLossOfBase
+    by_loss: LossWeights | None
+    normalised: NormalisedMean | None
+    combine: Combine | GroupRobust | None
+    groups: tuple[int, ...] | None
+    clouds: tuple[int, ...]
+    attackers: Attackers | None
+    server_noise_stddev: float
+    sums_weights: bool
+    measures_error: bool
+
+    @property
+    def reads_messages(self) -> bool:
+        """Whether the server reads messages one by one."""
+        return self.rule.needs_individual_messages or isinstance(self.combine, Combine)

@@ -1,0 +1,155 @@
+"""The two roads that a round can take: one program, or sums between the clouds."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedjax_llm.errors import UserError
+from fedjax_llm.federation.cohort import ClientInputs, Local
+from fedjax_llm.federation.exchange import Codec, HiddenSums, Ledger, OnStage
+from fedjax_llm.federation.layout import CohortLayout
+from fedjax_llm.federation.message import EncodedMessage, WeightCodec
+from fedjax_llm.federation.programs import RoundPrograms
+from fedjax_llm.federation.recipe import Applied, Global, Sums
+from fedjax_llm.federation.tables import Participant
+
+PyTree = Any
+
+
+BeforeOpening = Callable[[int, Sequence[str]], None]
+
+
+class Outcome(NamedTuple):
+    """What a round came to.
+
+    Attributes:
+        applied: the server after it.
+        local: what the clients carry on, and their measurements.
+        message: of the first stage; its norms.
+    """
+
+    applied: Applied
+    local: Local
+    message: EncodedMessage
+
+
+@dataclass(frozen=True)
+class Road:
+    """What both roads need beside a round's own.
+
+    Attributes:
+        base: frozen weights on all devices.
+        layout: of the clients.
+        seed: the run's key.
+        participants: the clients.
+        stops: whether a client whose training diverged ends the round, by name.
+        sums_weights: whether weights are summed before messages are sent.
+    """
+
+    base: PyTree
+    layout: CohortLayout
+    seed: jax.Array
+    participants: Sequence[Participant]
+    stops: bool
+    sums_weights: bool
+
+    def plain(
+        self,
+        programs: RoundPrograms,
+        state: Global,
+        clients: ClientInputs,
+        inverse: jax.Array,
+        number: int,
+        ledger: Ledger,
+    ) -> Outcome:
+        """All of a round as one program."""
+        started = time.perf_counter()
+        where = (self.seed, jnp.int32(number))
+        applied, local, message, limbs_Kx4 = jax.block_until_ready(
+            programs.round(self.base, self.layout.replicate(state), clients, inverse, *where)
+        )
+        if self.sums_weights:
+            self._check_weights(limbs_Kx4, number)
+        self._check(message, number)
+        ledger.seconds["train"] = time.perf_counter() - started
+        return Outcome(applied, local, message)
+
+    def hidden(
+        self,
+        programs: RoundPrograms,
+        state: Global,
+        clients: ClientInputs,
+        inverse: jax.Array,
+        number: int,
+        ledger: Ledger,
+        sums: HiddenSums,
+        online: Sequence[str],
+        on_stage: OnStage,
+        before_opening: BeforeOpening,
+    ) -> Outcome:
+        """A round whose sums are taken between the clouds."""
+        shared = self.layout.replicate(state)
+        where = (self.seed, jnp.int32(number))
+        a_round = programs.stages + self.sums_weights
+        numbers = iter(range((number - 1) * a_round + 1, number * a_round + 1))
+
+        def total(ints_KxP: jax.Array, codec: Codec) -> jax.Array:
+            ints_CxP = programs.by_cloud(ints_KxP)
+            found = sums.total(codec, ints_CxP, online, next(numbers), ledger, on_stage)
+            return jnp.asarray(found, jnp.int32)
+
+        started = time.perf_counter()
+        known = Sums()
+        if self.sums_weights:
+            local = jax.block_until_ready(programs.train(self.base, shared, clients, *where))
+            limbs_Kx4 = programs.weigh(shared, clients, local, *where)
+            self._check_weights(limbs_Kx4, number)
+            ledger.seconds["train"] = time.perf_counter() - started
+            before_opening(number, online)
+            known = Sums(programs.inverse_weight(total(limbs_Kx4, WeightCodec)))
+            message = programs.send(0, shared, clients, local, known, *where)
+            self._check(message, number)
+        else:
+            local, message = jax.block_until_ready(
+                programs.train_and_send(self.base, shared, clients, *where)
+            )
+            ledger.seconds["train"] = time.perf_counter() - started
+            self._check(message, number)
+            before_opening(number, online)
+        first = message
+        for stage, codec in enumerate(programs.codecs[:-1]):
+            summed = total(message.ints_P, codec)
+            public = programs.between(stage, summed, inverse, shared, *where)
+            known = known._replace(public=public)
+            message = programs.send(stage + 1, shared, clients, local, known, *where)
+        summed = total(message.ints_P, programs.codecs[-1])
+        started = time.perf_counter()
+        applied = jax.block_until_ready(
+            programs.apply(summed, inverse, shared, clients, local, known, *where)
+        )
+        ledger.seconds["apply"] = time.perf_counter() - started
+        return Outcome(applied, local, first)
+
+    def _check(self, message: EncodedMessage, number: int) -> None:
+        """Stops a round that diverged, where that follows from noised sums or is not private."""
+        if not self.stops:
+            return
+        norms_K = np.asarray(message.norm)[: len(self.participants)]
+        for participant, norm in zip(self.participants, norms_K, strict=True):
+            if not math.isfinite(norm):
+                what = "client" if participant.client else "cloud"
+                raise UserError(
+                    f"round {number}: the update of {what} {participant.name!r} is not finite, "
+                    "training diverged; lower [training] learning_rate (the last round's state is "
+                    "kept)"
+                )
+
+    def _check_weights(self, limbs_Kx4: jax.Array, number: int) -> None:
+        names = [participant.name for participant in self.participants]
+        WeightCodec.check(np.asarray(limbs_Kx4)[: len(names)], names, number)

@@ -1,0 +1,157 @@
+"""The clients of a federation: where each is, what it counts, and who takes part in a round."""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from numpy.typing import NDArray
+
+from fedjax_llm.aggregation import LossWeights, Weights
+from fedjax_llm.errors import UserError
+from fedjax_llm.federation.cohort import ClientInputs, ClientState
+from fedjax_llm.federation.keys import Purpose, key_for
+from fedjax_llm.federation.layout import CohortLayout
+from fedjax_llm.federation.tables import Participant, client_tables, clouds_of
+from fedjax_llm.privacy import PrivacyPlan, poisson_sample
+from fedjax_llm.privacy.plan import Weights as WeightKind
+from fedjax_llm.training import LocalTraining
+
+
+class Roster:
+    """Who the clients are, which does not change, and who takes part, which does.
+
+    Args:
+        participants: the clients, in order.
+        layout: where they are computed.
+        training: what they do.
+        plan: how they are sampled.
+        weights: what each counts; by loss, beforehand, or uniform if None.
+        rank: of the adapter.
+        seed: the run's key.
+
+    Raises:
+        UserError: weights that do not fit.
+    """
+
+    def __init__(
+        self,
+        participants: Sequence[Participant],
+        layout: CohortLayout,
+        training: LocalTraining,
+        plan: PrivacyPlan,
+        weights: Weights | LossWeights | Sequence[float] | None,
+        rank: int,
+        seed: jax.Array,
+    ) -> None:
+        self.participants = tuple(participants)
+        self.clouds, self.cloud_K = clouds_of(participants)
+        self._layout, self._plan, self._seed = layout, plan, seed
+        count = len(self.participants)
+        self.by_loss = weights if isinstance(weights, LossWeights) else None
+        self.weights = (
+            weights
+            if isinstance(weights, Weights)
+            else Weights.of(None if isinstance(weights, LossWeights) else weights, count)
+        )
+        self.ranks = tuple(rank if p.rank is None else p.rank for p in participants)
+        steps = [training.steps if p.local_steps is None else p.local_steps for p in participants]
+        self._steps_K = np.array(steps, np.int32)
+        self._beforehand_K = self.weights.contributions_K
+        if self.by_loss is not None:
+            self._beforehand_K = self.by_loss.beforehand(
+                [p.rows for p in participants], [p.cloud.link.up_mbps for p in participants]
+            )
+        self._tables = layout.shard(client_tables(self.participants, training))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The clouds' names, in order."""
+        return tuple(cloud.name for cloud in self.clouds)
+
+    @property
+    def kind(self) -> WeightKind:
+        """What the weights follow from, as the privacy plan calls it."""
+        if self.by_loss is not None:
+            return "loss" if self.by_loss.bound is None else "loss-bounded"
+        return self.weights.kind
+
+    @property
+    def weighs(self) -> bool:
+        """Whether clients count unequally."""
+        return self.by_loss is not None or bool(np.any(self.weights.contributions_K != 1))
+
+    def members(self, cloud: int) -> list[int]:
+        """The places of a cloud's clients."""
+        return [k for k, own in enumerate(self.cloud_K) if own == cloud]
+
+    def place_of(self, cloud: str) -> int:
+        """The place of a cloud's first client.
+
+        Raises:
+            UserError: no such cloud.
+        """
+        if cloud not in self.names:
+            raise UserError(f"no cloud {cloud!r}; there are {', '.join(self.names)}")
+        return self.cloud_K.index(self.names.index(cloud))
+
+    def online(self, number: int) -> NDArray[np.bool_]:
+        """Which clients can be reached in a round.
+
+        Raises:
+            UserError: none.
+        """
+        online_K = np.array([number not in p.offline_rounds for p in self.participants], bool)
+        if not online_K.any():
+            raise UserError(f"round {number}: no cloud is online; resume when one is")
+        return online_K
+
+    def clouds_online(self, online_K: NDArray[np.bool_]) -> list[str]:
+        """The clouds with a client that can be reached, in order."""
+        here = {cloud for cloud, online in zip(self.cloud_K, online_K, strict=True) if online}
+        return [name for cloud, name in enumerate(self.names) if cloud in here]
+
+    def selected(self, number: int) -> NDArray[np.bool_]:
+        """Which clients take part: all, or a Poisson sample when the unit is the client."""
+        count = len(self.participants)
+        if self._plan.unit != "client" or self._plan.sampler.kind == "full":
+            return np.ones(count, dtype=bool)
+        key = key_for(self._seed, Purpose.CLIENT_SAMPLING, number)
+        indices_K, chosen = poisson_sample(key, count, self._plan.sampler.rates[0], count)
+        selected_K = np.zeros(count, dtype=bool)
+        selected_K[np.asarray(indices_K)[: int(chosen)]] = True
+        return selected_K
+
+    def divisor(self, online_K: NDArray[np.bool_], summed_first: bool) -> float:
+        """The public number that turns the sum into a mean.
+
+        Args:
+            online_K: who could be reached.
+            summed_first: whether messages carry shares of a sum of weights that add up to one.
+        """
+        if summed_first:
+            return 1.0
+        divisor = self.weights.divisor(online_K)
+        if self.by_loss is not None:
+            divisor = float(online_K.sum()) * self.by_loss.ordinary
+        if self._plan.unit == "client":
+            # The expected number, not the realised one, which the guarantee does not cover.
+            divisor *= self._plan.sampler.rates[0]
+        return divisor
+
+    def inputs(self, own: ClientState, participates_K: NDArray[np.bool_]) -> ClientInputs:
+        """What the programs need of each client in a round.
+
+        Args:
+            own: what the clients carry, leaves [K, ...].
+            participates_K: whose messages enter the sum.
+        """
+        arrays = (
+            np.arange(len(self.participants), dtype=np.int32),
+            self._beforehand_K,
+            participates_K,
+            np.array(self.ranks, np.int32),
+            self._steps_K,
+        )
+        place, weight, participates, rank, steps = self._layout.shard(arrays)
+        state = self._layout.shard(jax.device_get(own))
+        return ClientInputs(place, self._tables, state, weight, participates, rank, steps)

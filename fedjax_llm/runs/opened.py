@@ -1,0 +1,38 @@
+"""opened.json: whose sum a round opens, recorded before it does.
+
+A client's message of a round is the same however often the round is run, also by another process
+with other keys. Two totals of one round over different clouds would therefore differ by a client's
+message. So a round that began to open sums over some clouds is run again over these, or not at all.
+"""
+
+import json
+from collections.abc import Sequence
+
+from fedjax_llm.errors import Refused
+from fedjax_llm.runs.folder import RunFolder
+
+NAME = "opened.json"
+
+
+def record(folder: RunFolder, number: int, clouds: Sequence[str]) -> None:
+    """Writes down, durably, that a round is about to open sums over these clouds.
+
+    Raises:
+        Refused: the round began to open sums over others before, or the record is damaged.
+    """
+    path = folder.path / NAME
+    if path.exists():
+        try:
+            before = json.loads(path.read_bytes())
+            begun, others = int(before["round"]), [str(name) for name in before["clouds"]]
+        except (ValueError, KeyError, TypeError):
+            raise Refused(
+                f"{path} is damaged: nobody can tell whose sum was opened last; start a new run"
+            ) from None
+        if begun == number and sorted(others) != sorted(clouds):
+            raise Refused(
+                f"round {number} began to open the sum of {', '.join(others)} and is now asked for "
+                f"that of {', '.join(clouds)}: the two would tell a single update; bring the same "
+                "clouds online"
+            )
+    folder.write(NAME, json.dumps({"round": number, "clouds": list(clouds)}) + "\n")
