@@ -355,7 +355,9 @@ class Federation:
         online_K = self.roster.online(number)
         online = self.roster.clouds_online(online_K)
         if isinstance(self._robust, GroupRobust):
-            self._robust.check(len(online))
+            groups = self._recipe.groups or ()
+            reached = {group for group, here in zip(groups, online_K, strict=True) if here}
+            self._robust.inner.check(len(reached))
         elif self._robust is not None:
             self._robust.check(int(online_K.sum()))
         if self._hidden is not None:

@@ -39,7 +39,8 @@ from fedjax_llm.privacy import PrivacyPlan
 from fedjax_llm.privacy.plan import Weights as PlanWeights
 from fedjax_llm.privacy.plan import check_weights
 from fedjax_llm.runs.events import Note, OnEvent, Stage
-from fedjax_llm.runs.runfile import MappingSection, RunFile
+from fedjax_llm.runs.runfile_schema import RunFile
+from fedjax_llm.runs.runfile_types import MappingSection
 from fedjax_llm.runs.selection import selection
 from fedjax_llm.training import MOMENTUM, OPTIMIZERS, Drift, ExamplePrivacy, LocalTraining
 

@@ -10,7 +10,8 @@ from fedjax_llm.errors import UserError
 from fedjax_llm.federation import sensitivity
 from fedjax_llm.lora import LoraConfig
 from fedjax_llm.models import Batch, Model
-from fedjax_llm.runs.runfile import RunFile, SelectiveSection
+from fedjax_llm.runs.runfile_schema import RunFile
+from fedjax_llm.runs.runfile_secure import SelectiveSection
 from fedjax_llm.secure.selective import Selection, by_layers, by_sensitivity
 
 

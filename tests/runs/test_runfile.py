@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fedjax_llm.aggregation import RULES
 from fedjax_llm.errors import FedJaxError, Refused, UserError
-from fedjax_llm.runs import runfile, toml_errors
+from fedjax_llm.runs import runfile, runfile_schema, toml_errors
 
 GOOD = """\
 name = "three"
@@ -455,15 +455,17 @@ def test_override_messages(tmp_path: Path, override: str, expected: str) -> None
 
 
 def test_objects_are_frozen_and_checked_from_python_too() -> None:
-    cloud = runfile.Cloud(name="a", data=runfile.DataSection(sources=("builtin:medical",)))
+    cloud = runfile_schema.Cloud(
+        name="a", data=runfile_schema.DataSection(sources=("builtin:medical",))
+    )
     run_file = runfile.RunFile(
-        name="x", rounds=1, model=runfile.ModelSection(name="m"), clouds=(cloud,)
+        name="x", rounds=1, model=runfile_schema.ModelSection(name="m"), clouds=(cloud,)
     )
     with pytest.raises(ValueError, match="frozen"):
         run_file.rounds = 2  # type: ignore[misc]
     with pytest.raises(ValueError, match="unique among the clouds"):
         runfile.RunFile(
-            name="x", rounds=1, model=runfile.ModelSection(name="m"), clouds=(cloud, cloud)
+            name="x", rounds=1, model=runfile_schema.ModelSection(name="m"), clouds=(cloud, cloud)
         )
 
 

@@ -1,0 +1,241 @@
+"""The run file as frozen, typed objects: one class for each section, and what must fit together."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from fedjax_llm.runs.runfile_aggregation import (
+    AggregationSection,
+    AttackSection,
+    check_aggregation,
+    check_attack,
+)
+from fedjax_llm.runs.runfile_errors import problem
+from fedjax_llm.runs.runfile_secure import SecureSection, check_secure
+from fedjax_llm.runs.runfile_types import (
+    Count,
+    MappingSection,
+    NotNegative,
+    Optimizer,
+    Positive,
+    Section,
+    Text,
+    Texts,
+    check_sources,
+)
+
+
+class ModelSection(Section):
+    """[model]: a model of the catalogue by `name`, or a Hugging Face folder by `path`."""
+
+    name: str | None = Field(None, min_length=1)
+    path: str | None = Field(None, min_length=1)
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.name is None) == (self.path is None):
+            given = "neither" if self.name is None else "both"
+            raise problem((), f"[model] takes either name or path, {given} given")
+        return self
+
+
+class AdapterSection(Section):
+    """[adapter]: low-rank adapters. `targets` are shell-style patterns over projection names."""
+
+    rank: Count = 8
+    alpha: Positive = 16.0
+    targets: Texts = ("q_proj", "v_proj")
+
+
+class TrainingSection(Section):
+    """[training]: one client's local update. `batch_size` is the expected batch size.
+
+    `proximal` is the mu of FedProx; `scaffold` adds control variates, and as much again to send.
+    """
+
+    local_steps: Count = 4
+    batch_size: Count = 8
+    microbatch: Count = 4
+    sequence_length: Annotated[int, Field(ge=8)] = 256
+    optimizer: Optimizer = "adamw"
+    learning_rate: Positive = 1e-3
+    proximal: NotNegative = 0.0
+    scaffold: bool = False
+    template: Literal["chat", "plain"] = "chat"
+    system_prompt: str = ""
+    packing: bool = False
+    remat: bool = False
+    clients_at_once: Annotated[int | Literal["auto"], Field(union_mode="left_to_right")] = "auto"
+
+    @model_validator(mode="after")
+    def _clients_at_once(self) -> Self:
+        if self.clients_at_once != "auto" and self.clients_at_once < 1:
+            raise problem(("clients_at_once",), 'must be at least 1 or "auto"')
+        return self
+
+
+class PrivacySection(Section):
+    """[privacy]: the unit that is protected, the Gaussian mechanism, and how units are sampled."""
+
+    unit: Literal["none", "example", "client"] = "none"
+    clip_norm: Positive = 1.0
+    noise_multiplier: NotNegative = 1.0
+    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    sampling: Literal["poisson", "full", "fixed"] = "poisson"
+    client_rate: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+
+class EvaluationSection(Section):
+    """[evaluation]: held-out loss every `every_rounds`, and one sample answer before and after.
+
+    `aggregation_error` compares each round's result with the mean of the clients' products, which
+    takes memory for every client's adapter.
+    """
+
+    every_rounds: Count = 1
+    examples_per_cloud: Count = 32
+    microbatch: Count = 8
+    prompt: Text | None = None
+    max_new_tokens: Count = 64
+    aggregation_error: bool = True
+
+
+class CheckpointSection(Section):
+    """[checkpoint]: every round is checkpointed; the last `keep` are kept."""
+
+    keep: Count = 2
+
+
+class Link(Section):
+    """A cloud's wide-area link, for virtual time: rates in megabits per second, latency one way."""
+
+    up_mbps: Positive = 100.0
+    down_mbps: Positive = 100.0
+    latency_ms: NotNegative = 20.0
+
+
+class DataSection(Section):
+    """A cloud's data: files or folders (or `builtin:NAME`), how many rows, how much is held out."""
+
+    sources: Texts
+    limit: Count | None = None
+    eval_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    mapping: MappingSection | None = None
+
+    @model_validator(mode="after")
+    def _sources(self) -> Self:
+        check_sources(("sources",), self.sources, self.mapping)
+        return self
+
+
+class Cloud(Section):
+    """[[clouds]]: one site with its own data and its own link.
+
+    In `offline_rounds` it cannot be reached: neither its update nor its part of a decryption come.
+    `rank` and `local_steps` are this cloud's own, at most those of [adapter] and [training];
+    `weight` counts with [aggregation] weights = "public". With `clients` above 1 its training rows
+    are divided by `partition` (dirichlet takes `concentration`) among so many clients, whose
+    updates are summed inside the cloud before anything leaves it, unless the rule or combination
+    reads each.
+    """
+
+    name: str = Field(min_length=1, max_length=64)
+    link: Link = Link()
+    data: DataSection
+    offline_rounds: Annotated[tuple[Count, ...], Field(strict=False)] = ()
+    rank: Count | None = None
+    local_steps: Count | None = None
+    weight: Positive = 1.0
+    clients: Count = 1
+    partition: Literal["iid", "dirichlet", "label"] = "iid"
+    concentration: Positive = 0.5
+
+
+class RunFile(Section):
+    """A whole run. Build it with `load`, or from Python with keyword arguments."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    rounds: Count
+    model: ModelSection
+    adapter: AdapterSection = AdapterSection()
+    training: TrainingSection = TrainingSection()
+    aggregation: AggregationSection = AggregationSection()
+    privacy: PrivacySection = PrivacySection()
+    secure: SecureSection = SecureSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    attack: AttackSection | None = None
+    clouds: Annotated[tuple[Cloud, ...], Field(strict=False, min_length=1)]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        names = [cloud.name for cloud in self.clouds]
+        for index, name in enumerate(names):
+            if name in names[:index]:
+                raise problem(("clouds", index, "name"), "must be unique among the clouds")
+        check_aggregation(self.aggregation, self.training.local_steps, self.secure.sum)
+        check_attack(self.attack, names, self.privacy.unit)
+        self._check_unread()
+        for index, cloud in enumerate(self.clouds):
+            for key, own, whole, section in (
+                ("rank", cloud.rank, self.adapter.rank, "adapter"),
+                ("local_steps", cloud.local_steps, self.training.local_steps, "training"),
+            ):
+                if own is not None and own > whole:
+                    raise problem(
+                        ("clouds", index, key), f"must be at most {whole}, [{section}] {key}"
+                    )
+        privacy = self.privacy
+        check_secure(self.secure, len(names), privacy.unit, privacy.noise_multiplier)
+        if self.privacy.unit != "none" and self.privacy.sampling == "fixed":
+            raise problem(
+                ("privacy", "sampling"),
+                "fixed-size batches certify no epsilon; use poisson or full, or unit none",
+                refused=True,
+            )
+        full = self.privacy.unit == "client" and self.privacy.sampling == "full"
+        if full and self.privacy.client_rate != 1:
+            raise problem(
+                ("privacy", "client_rate"),
+                f'must be 1 with sampling = "full", got {self.privacy.client_rate:g}; '
+                'use sampling = "poisson"',
+            )
+        return self
+
+    def _check_unread(self) -> None:
+        """Refuses settings of clouds and training that nothing would read."""
+        public = self.aggregation.weights == "public"
+        if public and all(cloud.weight == 1 for cloud in self.clouds):
+            raise problem(
+                ("aggregation", "weights"), 'needs a weight in some [[clouds]]; or use "uniform"'
+            )
+        for index, cloud in enumerate(self.clouds):
+            idle = {
+                "weight": (not public, 'goes with [aggregation] weights = "public"'),
+                "partition": (cloud.clients == 1, "goes with clients above 1"),
+                "concentration": (
+                    cloud.clients == 1 or cloud.partition != "dirichlet",
+                    'goes with clients above 1 and partition = "dirichlet"',
+                ),
+            }
+            for key, (unread, what) in idle.items():
+                if unread and getattr(cloud, key) != Cloud.model_fields[key].default:
+                    raise problem(("clouds", index, key), f"{what}; remove it", got=False)
+        if self.aggregation.exchange == "gradients":
+            for key in ("optimizer", "learning_rate", "proximal"):
+                default = TrainingSection.model_fields[key].default
+                if getattr(self.training, key) != default:
+                    raise problem(
+                        ("training", key),
+                        'has no effect with [aggregation] exchange = "gradients", where the server '
+                        "takes the step; remove it and set server_optimizer and its rate",
+                        got=False,
+                    )
+        if self.training.scaffold and self.secure.selective is not None:
+            raise problem(
+                ("training", "scaffold"),
+                "sends control variates, which [secure.selective] has no names for; remove one",
+                got=False,
+            )
