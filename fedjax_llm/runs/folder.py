@@ -3,7 +3,8 @@
 run.toml         the resolved run file          metrics.jsonl   one line per round
 summary.json     the result                     checkpoints/    orbax, the last few rounds
 report.html      the result, to look at         tensorboard/    the same scalars
-format           the version of this layout     .lock           held by the process that writes
+format           the version of this layout     opened.json     whose sum was opened last
+.lock            held by the process that writes
 """
 
 import fcntl
@@ -114,6 +115,11 @@ class RunFolder:
     def tensorboard(self) -> Path:
         """The folder of TensorBoard's event files."""
         return self.path / "tensorboard"
+
+    @property
+    def opened(self) -> Path:
+        """Whose sum the last round between clouds opened; see `opened`."""
+        return self.path / "opened.json"
 
     @property
     def report(self) -> Path:

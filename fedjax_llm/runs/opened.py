@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from fedjax_llm.errors import Refused
 from fedjax_llm.runs.folder import RunFolder
 
-NAME = "opened.json"
-
 
 def record(folder: RunFolder, number: int, clouds: Sequence[str]) -> None:
     """Writes down, durably, that a round is about to open sums over these clouds.
@@ -20,7 +18,7 @@ def record(folder: RunFolder, number: int, clouds: Sequence[str]) -> None:
     Raises:
         Refused: the round began to open sums over others before, or the record is damaged.
     """
-    path = folder.path / NAME
+    path = folder.opened
     if path.exists():
         try:
             before = json.loads(path.read_bytes())
@@ -35,4 +33,4 @@ def record(folder: RunFolder, number: int, clouds: Sequence[str]) -> None:
                 f"that of {', '.join(clouds)}: the two would tell a single update; bring the same "
                 "clouds online"
             )
-    folder.write(NAME, json.dumps({"round": number, "clouds": list(clouds)}) + "\n")
+    folder.write(path.name, json.dumps({"round": number, "clouds": list(clouds)}) + "\n")

@@ -307,7 +307,7 @@ def test_a_round_that_began_to_open_a_sum_opens_no_other(tmp_path: Path) -> None
         with pytest.raises(Refused, match="round 3 began to open the sum of c, b, a"):
             opened.record(folder, 3, ["a", "b"])
         opened.record(folder, 4, ["a", "b"])
-        (folder.path / opened.NAME).write_text("{")
+        folder.opened.write_text("{")
         with pytest.raises(Refused, match="damaged"):
             opened.record(folder, 5, ["a", "b"])
 

@@ -47,7 +47,7 @@ def test_a_run_leaves_a_whole_folder(
     printed = capfd.readouterr().out
 
     assert {entry.name for entry in out.iterdir()} == {
-        *("run.toml", "metrics.jsonl", "summary.json", "report.html"),
+        *("run.toml", "metrics.jsonl", "opened.json", "summary.json", "report.html"),
         *("checkpoints", "tensorboard", "format", ".lock"),
     }
     assert Checkpoints(out / "checkpoints").rounds() == [0, 1]
