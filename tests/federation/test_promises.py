@@ -37,7 +37,8 @@ def messages(federation: Federation) -> np.ndarray:
 NOISED = sorted(
     name
     for name, rule in RULES.items()
-    if rule.stages == 1 and not rule.needs_individual_messages and not rule.weighs_by_result
+    if rule.stages == 1
+    and not (rule.needs_individual_messages or rule.weighs_by_result or rule.kept)
 )
 
 

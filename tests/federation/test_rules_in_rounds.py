@@ -86,7 +86,7 @@ def settings(make_participants: Clouds) -> Callable[[str], dict[str, Any]]:
         clouds = make_participants()
         if RULES[name].facts.ranks:
             clouds[0] = dataclasses.replace(clouds[0], rank=1)
-        return {"rule": rule(name), "participants": clouds, "measure_error": True, **FINE}
+        return {"rule": rule(name), "participants": clouds, **FINE}
 
     return of
 
@@ -95,11 +95,14 @@ def settings(make_participants: Clouds) -> Callable[[str], dict[str, Any]]:
 def played(
     federate: Build, settings: Callable[[str], dict[str, Any]]
 ) -> Callable[[str], tuple[Federation, FederationState, list[RoundReport]]]:
-    """Rounds of a rule in the plain, on two devices; run once for all tests that look at them."""
+    """Rounds of a rule in the plain, on two devices; run once for all tests that look at them.
+
+    The aggregation error is measured in these alone: that it is must not change a byte.
+    """
 
     @functools.cache
     def of(name: str) -> tuple[Federation, FederationState, list[RoundReport]]:
-        federation = federate(**settings(name))
+        federation = federate(measure_error=True, **settings(name))
         return federation, *run(federation, rounds_of(name))
 
     return of
