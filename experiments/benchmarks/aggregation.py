@@ -315,7 +315,6 @@ def part_server(repeats: int) -> list[Row]:
             own.append(base)
             what = name if len(kind.phases) == 1 else f"{name}, phase {phase + 1}"
             ratios[what] = ratio
-            print(what, seconds, base, ratio, flush=True, file=sys.stderr)
             rows.append(row(f"server, {what}", seconds * 1e3, "ms"))
             rows.append(row(f"server, {what}: times factor averaging", ratio, "x", 3))
             del server
