@@ -1,8 +1,8 @@
 """Every aggregation rule on one job: four domains of real text, eight clients, seeds apart.
 
     command   python experiments/aggregation/study.py [--seeds 3] [--rounds 6] [--workers 2]
-    machine, time and result: experiments/aggregation/README.md, which this command writes with
-    results.json and study.png
+    machine, time and result: experiments/aggregation/README.md, beside results.json and study.png,
+    which this command writes
 
 The job: stories260K (a real model, five layers) goes on with texts of medicine, finance, general
 knowledge and drama, which it has not seen; rank 8 on all projections. Settings differ in how texts

@@ -1,6 +1,6 @@
 """Aggregation rules: exactness, what the server pays for them, and robustness on a real model.
 
-    command   python experiments/benchmarks/aggregation.py [--quick] [--json FILE]
+    command   python experiments/benchmarks/aggregation.py [--part PART] [--json FILE]
     machine, time and result: experiments/benchmarks/README.md
 
 - Exactness: every rule that says it is exact plays six rounds, so that each of its phases is
@@ -10,16 +10,19 @@
   stages, decoding, `rule.between` and `rule.apply`, compiled, at d = 4096, rank 16, 32 layers of
   four matrices. Ten clients really write the messages (start, random change, fixed point). A rule
   and factor averaging take turns, and the median of the ratios counts.
-- Memory: the peak of the server's step in a process of its own, and the shapes in its programs.
-- Growth: the server's time against d, and the exponent fitted to it.
-- Robustness: ten clouds train stories260K on Shakespeare through a run file; two of them send
-  -10 times their update.
+  No program may hold an array with two axes of d, which its text shows.
+- Robustness: ten clients train stories260K on Dolly's and Alpaca's texts through a run file; two of
+  them send -10 times their update.
 """
 
 import argparse
+import json
 import os
 import re
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,7 +30,6 @@ from typing import Any, NamedTuple
 
 HERE = Path(__file__).resolve().parent
 SHARED = Path(os.environ.get("FEDJAX_LLM_SHARED", HERE.parents[2] / "shared"))
-TEXT = SHARED / "data" / "lm_text" / "shakespeare_by_role.jsonl.gz"
 MODEL = SHARED / "models" / "stories260K"
 CLIENTS = 10
 WIDTH, RANK, LAYERS = 4096, 16, 32
@@ -296,7 +298,7 @@ def wide_shapes(programs: list[Any], width: int) -> int:
     return len(found)
 
 
-def part_server(repeats: int) -> list[Row]:
+def part_server(repeats: int = 7) -> list[Row]:
     """The time of every additive rule, next to factor averaging."""
     from fedjax_llm.aggregation import RULES
 
@@ -327,15 +329,99 @@ def part_server(repeats: int) -> list[Row]:
     ]
 
 
+RUN_FILE = """\
+name = "robust"
+seed = 5
+rounds = 12
+model = {{ path = "{model}" }}
+adapter = {{ rank = 8, alpha = 16.0, targets = ["all-linear"] }}
+training = {{ local_steps = 4, batch_size = 8, microbatch = 8, sequence_length = 48, \
+optimizer = "adam", learning_rate = 3e-3, template = "plain" }}
+# So large that shortening messages, a defence of its own, plays no part.
+secure = {{ update_bound = 1000.0 }}
+evaluation = {{ examples_per_cloud = 64, aggregation_error = false }}
+
+[[clouds]]
+name = "honest"
+clients = 8
+data = {{ sources = ["{data}/general/dolly15k.jsonl.gz"], limit = 900, \
+mapping = {{ prompt = "prompt", answer = "answer" }} }}
+
+[[clouds]]
+name = "malicious"
+clients = 2
+data = {{ sources = ["{data}/general/alpaca_en_demo.jsonl.gz"], limit = 240, \
+mapping = {{ prompt = "prompt", answer = "answer" }} }}
+"""
+ATTACK = 'attack={name="sign-flip", clouds=["malicious"], scale=10.0}'
+ROBUST = ("krum", "multi-krum", "median", "trimmed-mean", "geometric-median", "centred-clipping")
+
+
+def part_robust() -> list[Row]:
+    """Final held-out loss of the honest clients' text, with two of ten flipping signs."""
+    from fedjax_llm.errors import UserError
+    from fedjax_llm.runs import build, runfile
+
+    if not MODEL.is_dir():
+        print(f"robustness: left out, {MODEL} is not there")
+        return []
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "robust.toml"
+        file.write_text(RUN_FILE.format(model=MODEL, data=SHARED / "data"))
+        base = build.model(runfile.load(file), lambda event: None)
+        corpora = build.corpora(runfile.load(file), base, lambda event: None)
+
+        def final(*settings: str) -> tuple[float, float]:
+            run_file = runfile.load(file, settings)
+            federation = build.federation(run_file, base, corpora)
+            state = federation.init()
+            before = federation.evaluate(state)["honest"]
+            try:
+                for after, _ in federation.rounds(state, run_file.rounds):
+                    state = after
+            except UserError:  # an update that is not finite
+                return before, float("inf")
+            return before, federation.evaluate(state)["honest"]
+
+        before, clean = final()
+        rows = [
+            row("robust: loss before training", before, "nats"),
+            row("robust: clean run, mean", clean, "nats"),
+            row("robust: mean under attack, over clean", final(ATTACK)[1] / clean, "x", 1.5, True),
+        ]
+        for combine in ROBUST:
+            settings = [f"aggregation.combine={combine}"]
+            if combine in ("krum", "multi-krum", "trimmed-mean"):
+                settings.append("aggregation.byzantine=2")
+            ratio = final(ATTACK, *settings)[1] / clean
+            rows.append(row(f"robust: {combine} under attack, over clean", ratio, "x", 1.1))
+        return rows
+
+
+PARTS = {"exact": part_exact, "server": part_server, "robust": part_robust}
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--part", choices=["exact", "server"])
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--repeats", type=int, default=7)
+    """Runs each part in a process of its own, prints the table, writes the rows."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--part", choices=PARTS, help="this one only, in this process")
+    parser.add_argument("--json", type=Path, help="write the rows there")
     given = parser.parse_args()
-    rows = part_exact() if given.part == "exact" else part_server(given.repeats)
-    for r in rows:
-        print(r)
+    if given.part:
+        rows = PARTS[given.part]()
+    else:
+        rows = []
+        for part in PARTS:
+            with tempfile.NamedTemporaryFile(suffix=".json") as own:
+                command = [sys.executable, __file__, "--part", part, "--json", own.name]
+                subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+                rows += json.loads(Path(own.name).read_text())
+    for found in rows:
+        bar = "" if found["bar"] is None else f"bar {found['bar']:g}"
+        met = {None: "", True: "met", False: "MISSED"}[found["met"]]
+        print(f"{found['name']:66} {found['measured']:12.4g} {found['unit']:5} {bar:10} {met}")
+    if given.json:
+        given.json.write_text(json.dumps(rows, indent=2) + "\n")
 
 
 if __name__ == "__main__":
