@@ -1,22 +1,34 @@
 """Aggregation rules: exactness, what the server pays for them, and robustness on a real model.
 
-    command   python experiments/benchmarks/aggregation.py [--part PART] [--json FILE]
+    command   python experiments/benchmarks/aggregation.py [--json FILE]
     machine, time and result: experiments/benchmarks/README.md
 
+Every part runs in a process of its own, LAPACK on one thread (`OPENBLAS_NUM_THREADS=1`: on matrices
+of 16 to 32 rows its threads only wait for each other, which next to other programs takes seconds).
+
 - Exactness: every rule that says it is exact plays six rounds, so that each of its phases is
-  reached, of eight clients of unequal weights and ranks; each round's product is compared with the
-  weighted mean of the clients' products in float64.
+  reached, of eight clients of unequal weights and ranks; the product after each is compared with
+  the weighted mean of the clients' products in float64.
 - Server: from the arrival of ten clients' int32 messages to the next state: the sums of all
   stages, decoding, `rule.between` and `rule.apply`, compiled, at d = 4096, rank 16, 32 layers of
-  four matrices. Ten clients really write the messages (start, random change, fixed point). A rule
-  and factor averaging take turns, and the median of the ratios counts.
-  No program may hold an array with two axes of d, which its text shows.
-- Robustness: ten clients train stories260K on Dolly's and Alpaca's texts through a run file; two of
-  them send -10 times their update.
+  four matrices. Clients really write the messages (start, random change, fixed point). Every rule
+  takes turns with factor averaging; what counts is the median of the ratios of a turn. Clients of
+  HetLoRA weigh their own messages: the server adds the weights.
+- Memory: what the costliest server step takes beyond messages and state, in a process of its own;
+  and whether a compiled program holds an array with two axes of d.
+- Growth: the server's time at d = 1024 to 8192, and the exponent fitted to it.
+- Robustness: ten clouds train stories260K on the lines of Shakespeare's roles, dealt in turn, rule
+  ffa, through a run file; two clouds send -10 times their update. update_bound is 1000, so that no
+  clip does the work of the defence; 1 for `normalised`, whose honest messages have that length:
+  there the clip is the defence. Left out without the model and the text in the shared folder
+  (FEDJAX_LLM_SHARED).
 """
 
 import argparse
+import ctypes
+import gzip
 import json
+import math
 import os
 import re
 import statistics
@@ -30,9 +42,11 @@ from typing import Any, NamedTuple
 
 HERE = Path(__file__).resolve().parent
 SHARED = Path(os.environ.get("FEDJAX_LLM_SHARED", HERE.parents[2] / "shared"))
+TEXT = SHARED / "data" / "lm_text" / "shakespeare_by_role.jsonl.gz"
 MODEL = SHARED / "models" / "stories260K"
 CLIENTS = 10
 WIDTH, RANK, LAYERS = 4096, 16, 32
+WIDTHS = (1024, 2048, 4096, 8192)
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 # Distinct clients among the ten; each message is there five times, which no cost depends on.
 WRITERS = 2
@@ -127,7 +141,9 @@ def _errors(name: str, draw: Any, rounds: int) -> Iterator[float]:
         server = after
 
 
-def _adapter(draw: Any, names: tuple[str, ...], layers: int, inputs: int, outputs: int, rank: int):
+def _adapter(
+    draw: Any, names: tuple[str, ...], layers: int, inputs: int, outputs: int, rank: int
+) -> Any:
     """Neither factor zero, as after some rounds."""
     import jax.numpy as jnp
     import numpy as np
@@ -154,15 +170,13 @@ class Server(NamedTuple):
 
     Attributes:
         run: one round from messages to state.
-        compiled: its programs.
+        compiled: its programs, one for each stage.
         messages: int32 [K, P] of each stage.
-        state: that was broadcast.
     """
 
     run: Callable[[], Any]
     compiled: list[Any]
     messages: list[Any]
-    state: Any
 
 
 def open_server(name: str, phase: int, width: int = WIDTH, layers: int = LAYERS) -> Server:
@@ -172,104 +186,112 @@ def open_server(name: str, phase: int, width: int = WIDTH, layers: int = LAYERS)
     import numpy as np
     import optax
 
-    from fedjax_llm.aggregation import RULES, LocalResult, Round
-    from fedjax_llm.federation.message import MessageCodec, WeightCodec, fitting_bits
+    from fedjax_llm.aggregation import RULES, Round
+    from fedjax_llm.federation.message import WeightCodec
 
     rule = RULES[name](optax.sgd(1.0))
-    draw = np.random.default_rng(0)
-    state = rule.init(_adapter(draw, PROJECTIONS, layers, width, width, RANK))
+    key = jax.random.key(1)
+    adapter = _adapter(np.random.default_rng(0), PROJECTIONS, layers, width, width, RANK)
+    state = rule.init(adapter)
     if name == "fed-sb" and phase == 2:
-        # R and the bases as the round of A leaves them.
-        zero = jax.tree.map(jnp.zeros_like, rule.trainable(state, 1))
-        state = rule.apply(Round(state, 1, jnp.int32(2), jax.random.key(0)), zero)
-    key, number = jax.random.key(1), jnp.int32(phase + 1)
+        # R and the bases as the round before leaves them.
+        nothing = jax.tree.map(jnp.zeros_like, rule.trainable(state, 1))
+        state = rule.apply(Round(state, 1, jnp.int32(2), key), nothing)
+    limbs_Kx4 = jnp.ones((CLIENTS, WeightCodec.LIMBS), jnp.int32)
     inverse = jnp.float32(1 / CLIENTS)
-    barrier = jax.lax.optimization_barrier
-
-    @jax.jit
-    def trained(state: Any, key: jax.Array) -> LocalResult:
-        start = rule.start(Round(state, phase, number, key), jnp.int32(RANK))
-        leaves, tree = jax.tree.flatten(start)
-        keys = jax.random.split(key, len(leaves))
-        size = jnp.float32(0.1 * width**-0.5)
-        moved = [
-            leaf + size * jax.random.normal(each, leaf.shape)
-            for leaf, each in zip(leaves, keys, strict=True)
-        ]
-        return LocalResult(start, jax.tree.unflatten(tree, moved), jnp.int32(RANK))
-
-    messages, compiled, codecs, answers = [], [], [], [()]
+    compiled, messages, shared = [], [], ()
     for stage in range(rule.stages):
-
-        def tree_of(state: Any, result: LocalResult, shared: Any, stage: int = stage) -> Any:
-            return rule.message(Round(state, phase, number, key), result, stage, shared)
-
-        shape = rule.messages(state, phase)[0][stage]
-        ints_KxP = None
-        for client in range(WRITERS):
-            result = trained(state, jax.random.fold_in(key, client))
-            if ints_KxP is None:
-                squares = [
-                    jnp.sum(jnp.square(leaf))
-                    for leaf in jax.tree.leaves(jax.jit(tree_of)(state, result, answers[-1]))
-                ]
-                bound = 1.25 * float(jnp.sqrt(jnp.sum(jnp.stack(squares))))
-                codec = MessageCodec.for_tree(
-                    shape, max_norm=bound, bits=fitting_bits(None, CLIENTS), clients=CLIENTS
-                )
-                encode = jax.jit(
-                    lambda state, result, shared, codec=codec, tree_of=tree_of: (
-                        codec.encode(tree_of(state, result, shared)).ints_P
-                    )
-                )
-                ints_KxP = np.empty((CLIENTS, codec.size), np.int32)
-            ints_KxP[client::WRITERS] = encode(state, result, answers[-1])
-        assert ints_KxP is not None and np.any(ints_KxP)
-        codecs.append(codec)
-        messages.append(jax.device_put(ints_KxP))
-        del ints_KxP
-
-        def step(
-            ints_KxP: jax.Array,
-            limbs_Kx4: jax.Array,
-            state: Any,
-            shared: Any,
-            key: jax.Array,
-            inverse: jax.Array,
-            stage: int = stage,
-            codec: MessageCodec = codec,
-        ) -> Any:
-            """As `RoundPrograms.total`, `_between` and `_apply`."""
-            round_ = Round(state, phase, number, key)
-            if rule.needs_individual_messages:
-                uploads_K = jax.vmap(lambda ints: codec.unravel(codec.decode(ints)))(ints_KxP)
-                shares_K = jnp.full(CLIENTS, inverse)
-                return rule.apply_each(
-                    round_, uploads_K, shares_K, jnp.full(CLIENTS, RANK, jnp.int32)
-                )
-            total_P = barrier(jnp.sum(ints_KxP, axis=0, dtype=jnp.int32))
-            if rule.weighs_by_result:
-                # Clients have multiplied by their weights already; the server sums these apart.
-                total_4 = barrier(jnp.sum(limbs_Kx4, axis=0, dtype=jnp.int32))
-                inverse = inverse * jnp.minimum(jnp.float32(1), 1 / WeightCodec.decode(total_4))
-            mean = barrier(codec.unravel(codec.decode(total_P) * inverse))
-            if stage + 1 < rule.stages:
-                return rule.between(round_, stage, mean)
-            return rule.apply(round_, mean, shared)
-
-        limbs_Kx4 = jnp.full((CLIENTS, WeightCodec.LIMBS), 1, jnp.int32)
-        arguments = (messages[-1], limbs_Kx4, state, answers[-1], key, inverse)
-        compiled.append(jax.jit(step).lower(*arguments).compile())
+        codec, ints_KxP = _messages(
+            rule, Round(state, phase, jnp.int32(phase + 1), key), stage, shared
+        )
+        step = jax.jit(_step(rule, phase, stage, codec))
+        arguments = (ints_KxP, limbs_Kx4, state, shared, key, inverse)
+        compiled.append(step.lower(*arguments).compile())
+        messages.append(ints_KxP)
         if stage + 1 < rule.stages:
-            answers.append(compiled[-1](*arguments))
+            shared = compiled[stage](*arguments)
 
     def run() -> Any:
         shared: Any = ()
-        for stage in range(rule.stages):
-            shared = compiled[stage](messages[stage], limbs_Kx4, state, shared, key, inverse)
+        for program, ints_KxP in zip(compiled, messages, strict=True):
+            shared = program(ints_KxP, limbs_Kx4, state, shared, key, inverse)
         return jax.block_until_ready(shared)
 
-    return Server(run, compiled, messages, state)
+    return Server(run, compiled, messages)
+
+
+def _messages(rule: Any, round_: Any, stage: int, shared: Any) -> tuple[Any, Any]:
+    """The codec of a stage and int32 [K, P], what clients send after random changes."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.flatten_util import ravel_pytree
+
+    from fedjax_llm.aggregation import LocalResult
+    from fedjax_llm.federation.message import MessageCodec, fitting_bits
+
+    phase = round_.phase
+
+    @jax.jit
+    def message_P(server: Any, shared: Any, key: jax.Array) -> jax.Array:
+        own = round_._replace(server=server)
+        start = rule.start(own, jnp.int32(RANK))
+        flat_P, unravel = ravel_pytree(start)
+        size = 0.1 * jnp.sqrt(jnp.mean(jnp.square(flat_P)) + jnp.float32(1e-6))
+        moved = unravel(flat_P + size * jax.random.normal(key, flat_P.shape))
+        result = LocalResult(start, moved, jnp.int32(RANK))
+        return ravel_pytree(rule.message(own, result, stage, shared))[0]
+
+    codec = None
+    for client in range(WRITERS):
+        key = jax.random.fold_in(round_.key, client)
+        sent_P = message_P(round_.server, shared, key)
+        if codec is None:
+            codec = MessageCodec.for_tree(
+                rule.messages(round_.server, phase)[0][stage],
+                max_norm=1.25 * float(jnp.linalg.norm(sent_P)),
+                bits=fitting_bits(None, CLIENTS),
+                clients=CLIENTS,
+            )
+            ints_KxP = np.empty((CLIENTS, codec.size), np.int32)
+        ints_KxP[client::WRITERS] = codec.encode(sent_P).ints_P
+    return codec, jax.device_put(ints_KxP)
+
+
+def _step(rule: Any, phase: int, stage: int, codec: Any) -> Callable[..., Any]:
+    """What the server makes of the messages of a stage, as `RoundPrograms` does."""
+    import jax
+    import jax.numpy as jnp
+
+    from fedjax_llm.aggregation import Round
+    from fedjax_llm.federation.message import WeightCodec
+
+    barrier = jax.lax.optimization_barrier
+
+    def step(
+        ints_KxP: jax.Array,
+        limbs_Kx4: jax.Array,
+        state: Any,
+        shared: Any,
+        key: jax.Array,
+        inverse: jax.Array,
+    ) -> Any:
+        round_ = Round(state, phase, jnp.int32(phase + 1), key)
+        if rule.needs_individual_messages:
+            uploads_K = jax.vmap(lambda ints: codec.unravel(codec.decode(ints)))(ints_KxP)
+            ranks_K = jnp.full(CLIENTS, RANK, jnp.int32)
+            return rule.apply_each(round_, uploads_K, jnp.full(CLIENTS, inverse), ranks_K)
+        total_P = barrier(jnp.sum(ints_KxP, axis=0, dtype=jnp.int32))
+        mean = barrier(codec.unravel(codec.decode(total_P) * inverse))
+        if stage + 1 < rule.stages:
+            return rule.between(round_, stage, mean)
+        after = rule.apply(round_, mean, shared)
+        if rule.weighs_by_result:
+            total_4 = jnp.sum(limbs_Kx4, axis=0, dtype=jnp.int32)
+            return after, 1 / WeightCodec.decode(total_4)
+        return after
+
+    return step
 
 
 def _seconds(work: Callable[[], Any]) -> float:
@@ -282,7 +304,8 @@ def _seconds(work: Callable[[], Any]) -> float:
 
 def _against(one: Server, other: Server, repeats: int) -> tuple[float, float, float]:
     """Median seconds of both, which take turns, and the median of the ratios of each turn."""
-    one.run(), other.run()
+    one.run()
+    other.run()
     turns = [(_seconds(one.run), _seconds(other.run)) for _ in range(repeats)]
     first, second = (statistics.median(times) for times in zip(*turns, strict=True))
     return first, second, statistics.median(x / y for x, y in turns)
@@ -298,13 +321,13 @@ def wide_shapes(programs: list[Any], width: int) -> int:
     return len(found)
 
 
-def part_server(repeats: int = 7) -> list[Row]:
+def part_server(repeats: int) -> list[Row]:
     """The time of every additive rule, next to factor averaging."""
     from fedjax_llm.aggregation import RULES
 
     yardstick = open_server(YARDSTICK, 0)
     rows: list[Row] = []
-    ratios: dict[str, float] = {}
+    ratios: dict[tuple[str, int], float] = {}
     own = []
     wide = wide_shapes(yardstick.compiled, WIDTH)
     for name, kind in RULES.items():
@@ -314,112 +337,254 @@ def part_server(repeats: int = 7) -> list[Row]:
             server = open_server(name, phase)
             wide += wide_shapes(server.compiled, WIDTH)
             seconds, base, ratio = _against(server, yardstick, repeats)
-            own.append(base)
-            what = name if len(kind.phases) == 1 else f"{name}, phase {phase + 1}"
-            ratios[what] = ratio
-            rows.append(row(f"server, {what}", seconds * 1e3, "ms"))
-            rows.append(row(f"server, {what}: times factor averaging", ratio, "x", 3))
             del server
-    costliest = max(ratios, key=lambda what: ratios[what])
+            own.append(base)
+            ratios[name, phase] = ratio
+            rows.append(row(f"server, {_phase(name, phase)}", seconds * 1e3, "ms"))
+            rows.append(row(f"server, {_phase(name, phase)}: times {YARDSTICK}", ratio, "x", 3))
+    costliest = max(ratios, key=lambda which: ratios[which])
+    named = f"server, the costliest additive rule: {_phase(*costliest)}"
     return [
         row(f"server, {YARDSTICK}", statistics.median(own) * 1e3, "ms"),
         *rows,
-        row(f"server, the costliest ({costliest})", ratios[costliest], "x", 3),
-        row("server: arrays with two axes of d in the programs of additive rules", wide, "", 0),
+        row(named, ratios[costliest], "x", 3),
+        row("server: arrays with two axes of d, in all programs", wide, "", 0),
     ]
 
+
+def _phase(name: str, phase: int) -> str:
+    from fedjax_llm.aggregation import RULES
+
+    return name if len(RULES[name].phases) == 1 else f"{name}, phase {phase + 1}"
+
+
+def part_memory(name: str, phase: int) -> list[Row]:
+    """What one server step takes beyond what is there before it; compiled and run once before.
+
+    On Linux with the GNU C library, whose process accounts and allocator it asks.
+    """
+    server = open_server(name, phase)
+    server.run()
+    ctypes.CDLL(None).malloc_trim(0)  # what the first run has freed is not resident any more
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from there
+    result = server.run()
+    grown = _status("VmHWM") - before
+    del result
+    analyses = [program.memory_analysis() for program in server.compiled]
+    temporary = max(analysis.temp_size_in_bytes for analysis in analyses)
+    outputs = sum(analysis.output_size_in_bytes for analysis in analyses)
+    messages = sum(array.nbytes for array in server.messages)
+    stack = 4 * LAYERS * len(PROJECTIONS) * WIDTH**2
+    return [
+        row(f"memory, {name}: messages", messages / 1e9, "GB"),
+        row(f"memory, {name}: peak of a step above messages and state", grown / 1e9, "GB"),
+        row(f"memory, {name}: of it temporary, by the compiler", temporary / 1e9, "GB"),
+        row(f"memory, {name}: of it results of all stages", outputs / 1e9, "GB"),
+        row("memory: one d x d array for every matrix, for comparison", stack / 1e9, "GB"),
+    ]
+
+
+def _status(field: str) -> int:
+    """Bytes, from this process's status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = [each for each in lines if each.startswith(field)]
+    return int(line.split()[1]) * 1024
+
+
+def part_growth(name: str, layers: int, repeats: int) -> list[Row]:
+    """Seconds against d, all widths in turn."""
+    servers = {width: open_server(name, 0, width, layers) for width in WIDTHS}
+    times: dict[int, list[float]] = {width: [] for width in WIDTHS}
+    for server in servers.values():
+        server.run()
+    for _ in range(repeats):
+        for width, server in servers.items():
+            times[width].append(_seconds(server.run))
+    seconds = {width: statistics.median(each) for width, each in times.items()}
+    logs = [math.log(width) for width in WIDTHS]
+    slope = statistics.linear_regression(logs, [math.log(seconds[w]) for w in WIDTHS]).slope
+    wide = sum(wide_shapes(server.compiled, width) for width, server in servers.items())
+    return [
+        *(
+            row(f"growth, {name}: d = {w}, {layers} layers", s * 1e3, "ms")
+            for w, s in seconds.items()
+        ),
+        row(f"growth, {name}: exponent of d", slope, ""),
+        row(f"growth, {name}: arrays with two axes of d", wide, "", 0),
+    ]
+
+
+# Robustness, on a real model.
 
 RUN_FILE = """\
 name = "robust"
 seed = 5
-rounds = 12
-model = {{ path = "{model}" }}
-adapter = {{ rank = 8, alpha = 16.0, targets = ["all-linear"] }}
-training = {{ local_steps = 4, batch_size = 8, microbatch = 8, sequence_length = 48, \
-optimizer = "adam", learning_rate = 3e-3, template = "plain" }}
-# So large that shortening messages, a defence of its own, plays no part.
-secure = {{ update_bound = 1000.0 }}
-evaluation = {{ examples_per_cloud = 64, aggregation_error = false }}
+rounds = 6
 
-[[clouds]]
-name = "honest"
-clients = 8
-data = {{ sources = ["{data}/general/dolly15k.jsonl.gz"], limit = 900, \
-mapping = {{ prompt = "prompt", answer = "answer" }} }}
+[model]
+path = {model}
 
-[[clouds]]
-name = "malicious"
-clients = 2
-data = {{ sources = ["{data}/general/alpaca_en_demo.jsonl.gz"], limit = 240, \
-mapping = {{ prompt = "prompt", answer = "answer" }} }}
+[adapter]
+rank = 8
+alpha = 16.0
+targets = ["*_proj"]
+
+[training]
+local_steps = 8
+batch_size = 8
+microbatch = 8
+sequence_length = 64
+template = "plain"
+optimizer = "adam"
+learning_rate = 1e-2
+
+[privacy]
+unit = "none"
+sampling = "fixed"
+
+[aggregation]
+rule = "ffa"
+
+[secure]
+update_bound = 1000.0
+
+[evaluation]
+examples_per_cloud = 24
+microbatch = 24
+aggregation_error = false
 """
-ATTACK = 'attack={name="sign-flip", clouds=["malicious"], scale=10.0}'
-ROBUST = ("krum", "multi-krum", "median", "trimmed-mean", "geometric-median", "centred-clipping")
+CLOUD = """
+[[clouds]]
+name = "cloud{number}"
+data = {{ sources = [{source}], mapping = {{ prompt = "{{client}}:", answer = "text" }} }}
+"""
+ATTACK = 'attack={name="sign-flip", clouds=["cloud0", "cloud1"], scale=10.0}'
+# Two of ten clouds are malicious. Radius and rate are of the size of an update, 1 to 3.5.
+DEFENCES = {
+    "krum": ["aggregation.byzantine=2"],
+    "multi-krum": ["aggregation.byzantine=2"],
+    "median": [],
+    "trimmed-mean": ["aggregation.byzantine=2"],
+    "geometric-median": [],
+    "centred-clipping": ["aggregation.radius=2.0"],
+    "normalised": ["aggregation.server_learning_rate=2.0", "secure.update_bound=1.0"],
+}
 
 
-def part_robust() -> list[Row]:
-    """Final held-out loss of the honest clients' text, with two of ten flipping signs."""
-    from fedjax_llm.errors import UserError
+def part_robust(folder: Path) -> list[Row]:
+    """Held-out loss after six rounds, without an attack, and under it with each defence."""
+    path = _write_run(folder)
+    start, clean = _losses(path, [])
+    rows = [
+        row("robust: loss before training", start, "nats"),
+        row("robust: loss of the mean, no attack", clean, "nats"),
+    ]
+    _, attacked = _losses(path, [ATTACK])
+    rows += [
+        row("robust: loss of the mean under attack", attacked, "nats"),
+        # Not a number where a client's training overflowed, which the run refuses.
+        row("robust: the same over the clean loss", attacked / clean, "x", 1.5, least=True),
+    ]
+    runs = {name: [f"aggregation.combine={name}", *own] for name, own in DEFENCES.items()}
+    runs["median of five groups"] = ["aggregation.combine=median", "aggregation.groups=5"]
+    for name, overrides in runs.items():
+        _, loss = _losses(path, [ATTACK, *overrides])
+        rows.append(row(f"robust: {name}, loss under attack over clean", loss / clean, "x", 1.1))
+    return rows
+
+
+def _write_run(folder: Path) -> Path:
+    with gzip.open(TEXT, "rt", encoding="utf-8") as lines:
+        spoken = [line for line in lines if 60 <= len(json.loads(line)["text"]) <= 160][:2000]
+    text = RUN_FILE.format(model=json.dumps(str(MODEL)))
+    for number in range(CLIENTS):
+        source = folder / f"cloud{number}.jsonl"
+        source.write_text("".join(spoken[number::CLIENTS]), encoding="utf-8")
+        text += CLOUD.format(number=number, source=json.dumps(str(source)))
+    path = folder / "robust.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def _losses(path: Path, overrides: list[str]) -> tuple[float, float]:
+    """Mean held-out loss of all clouds before and after; infinite where the run gave up."""
+    from fedjax_llm.errors import FedJaxError
     from fedjax_llm.runs import build, runfile
 
-    if not MODEL.is_dir():
-        print(f"robustness: left out, {MODEL} is not there")
-        return []
+    run_file = runfile.load(path, overrides)
+    model = build.model(run_file, lambda event: None)
+    corpora = build.corpora(run_file, model, lambda event: None)
+    federation = build.federation(run_file, model, corpora)
+    state = federation.init()
+    before = statistics.mean(federation.evaluate(state).values())
+    try:
+        for _ in range(run_file.rounds):
+            state, _ = federation.run_round(state)
+    except FedJaxError as error:
+        print(f"robust: {error}", file=sys.stderr)
+        return before, math.inf
+    after = statistics.mean(federation.evaluate(state).values())
+    return before, after if math.isfinite(after) else math.inf
+
+
+# The command.
+
+
+def in_process(part: str, *arguments: str) -> list[Row]:
+    """Runs one part in a fresh process and returns its rows."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "OPENBLAS_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "robust.toml"
-        file.write_text(RUN_FILE.format(model=MODEL, data=SHARED / "data"))
-        base = build.model(runfile.load(file), lambda event: None)
-        corpora = build.corpora(runfile.load(file), base, lambda event: None)
-
-        def final(*settings: str) -> tuple[float, float]:
-            run_file = runfile.load(file, settings)
-            federation = build.federation(run_file, base, corpora)
-            state = federation.init()
-            before = federation.evaluate(state)["honest"]
-            try:
-                for after, _ in federation.rounds(state, run_file.rounds):
-                    state = after
-            except UserError:  # an update that is not finite
-                return before, float("inf")
-            return before, federation.evaluate(state)["honest"]
-
-        before, clean = final()
-        rows = [
-            row("robust: loss before training", before, "nats"),
-            row("robust: clean run, mean", clean, "nats"),
-            row("robust: mean under attack, over clean", final(ATTACK)[1] / clean, "x", 1.5, True),
-        ]
-        for combine in ROBUST:
-            settings = [f"aggregation.combine={combine}"]
-            if combine in ("krum", "multi-krum", "trimmed-mean"):
-                settings.append("aggregation.byzantine=2")
-            ratio = final(ATTACK, *settings)[1] / clean
-            rows.append(row(f"robust: {combine} under attack, over clean", ratio, "x", 1.1))
-        return rows
+        out = Path(folder) / "rows.json"
+        command = [sys.executable, __file__, "--part", part, "--json", str(out), "--folder", folder]
+        subprocess.run([*command, *arguments], check=True, env=environment)
+        rows: list[Row] = json.loads(out.read_text())
+    return rows
 
 
-PARTS = {"exact": part_exact, "server": part_server, "robust": part_robust}
+def show(rows: list[Row]) -> None:
+    width = max(len(each["name"]) for each in rows)
+    for each in rows:
+        bar = (
+            ""
+            if each["bar"] is None
+            else f"bar {each['bar']:g}  {'met' if each['met'] else 'MISSED'}"
+        )
+        print(f"{each['name']:<{width}}  {each['measured']:>11.4g} {each['unit']:<4} {bar}")
 
 
 def main() -> None:
-    """Runs each part in a process of its own, prints the table, writes the rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--part", choices=PARTS, help="this one only, in this process")
     parser.add_argument("--json", type=Path, help="write the rows there")
+    parser.add_argument("--repeats", type=int, default=7, help="of each timing, in turns")
+    parser.add_argument("--part", choices=["exact", "server", "memory", "growth", "robust"])
+    parser.add_argument("--rule", default="fedask")
+    parser.add_argument("--phase", type=int, default=1)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--folder", type=Path)
     given = parser.parse_args()
     if given.part:
-        rows = PARTS[given.part]()
+        parts = {
+            "exact": part_exact,
+            "server": lambda: part_server(given.repeats),
+            "memory": lambda: part_memory(given.rule, given.phase - 1),
+            "growth": lambda: part_growth(given.rule, given.layers, 5),
+            "robust": lambda: part_robust(given.folder),
+        }
+        rows = parts[given.part]()
     else:
-        rows = []
-        for part in PARTS:
-            with tempfile.NamedTemporaryFile(suffix=".json") as own:
-                command = [sys.executable, __file__, "--part", part, "--json", own.name]
-                subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-                rows += json.loads(Path(own.name).read_text())
-    for found in rows:
-        bar = "" if found["bar"] is None else f"bar {found['bar']:g}"
-        met = {None: "", True: "met", False: "MISSED"}[found["met"]]
-        print(f"{found['name']:66} {found['measured']:12.4g} {found['unit']:5} {bar:10} {met}")
+        rows = in_process("exact")
+        rows += in_process("server", "--repeats", str(given.repeats))
+        (costliest,) = [each["name"] for each in rows if "the costliest" in each["name"]]
+        rule, _, phase = costliest.split(": ")[1].partition(", phase ")
+        rows += in_process("memory", "--rule", rule, "--phase", phase or "1")
+        for name, layers in (("fedask", 8), ("flexlora", 1)):
+            rows += in_process("growth", "--rule", name, "--layers", str(layers))
+        if MODEL.is_dir() and TEXT.exists():
+            rows += in_process("robust")
+        else:
+            print(f"robustness: left out, {MODEL} or {TEXT} is not there", file=sys.stderr)
+        show(rows)
     if given.json:
         given.json.write_text(json.dumps(rows, indent=2) + "\n")
 

@@ -80,10 +80,12 @@ class FedSb(AggregationRule):
             return after
         factors, memory = {}, {}
         for name, (a_LxDxR, b_LxRxF) in after.adapter.factors.items():
-            q_LxDxR, left_LxRxR = jnp.linalg.qr(a_LxDxR)
-            p_LxFxR, right_LxRxR = jnp.linalg.qr(algebra.transposed(b_LxRxF))
-            r_LxRxR = algebra.matmul(left_LxRxR, algebra.transposed(right_LxRxR))
-            basis_LxRxF = algebra.transposed(p_LxFxR)
+            q_LxDxR = algebra.orthonormal(a_LxDxR)
+            basis_LxRxF = algebra.transposed(algebra.orthonormal(algebra.transposed(b_LxRxF)))
+            r_LxRxR = algebra.matmul(
+                algebra.matmul_tn(q_LxDxR, a_LxDxR),
+                algebra.matmul_nt(b_LxRxF, basis_LxRxF),
+            )
             factors[name] = LowRank(q_LxDxR, algebra.matmul(r_LxRxR, basis_LxRxF))
             memory[name] = {"r": r_LxRxR, "basis": basis_LxRxF}
         adapter = Adapter(factors=factors, scale=after.adapter.scale)

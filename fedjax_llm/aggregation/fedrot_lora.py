@@ -34,8 +34,8 @@ class FedRotLora(AggregationRule):
         for name, after in result.after.items():
             before = result.before[name]
             # R x R correlations of the client's ranks with the global ones.
-            by_a = algebra.matmul(algebra.transposed(after["a"]), before["a"])
-            by_b = algebra.matmul(after["b"], algebra.transposed(before["b"]))
+            by_a = algebra.matmul_tn(after["a"], before["a"])
+            by_b = algebra.matmul_nt(after["b"], before["b"])
             by = jnp.where(round_.number % 2 == 0, by_a, by_b)
             turn = _rotation(by, SOFTNESS)
             # Before the second round B is zero and there is nothing to align with.
@@ -43,7 +43,7 @@ class FedRotLora(AggregationRule):
             turn = jnp.where(round_.number == 1, identity, turn)
             message[name] = {
                 "a": algebra.matmul(after["a"], turn) - before["a"],
-                "b": algebra.matmul(algebra.transposed(turn), after["b"]) - before["b"],
+                "b": algebra.matmul_tn(turn, after["b"]) - before["b"],
             }
         return message
 

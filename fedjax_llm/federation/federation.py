@@ -119,12 +119,14 @@ class Federation:
             participants, self.layout, training, plan, weights, lora.rank, self._seed
         )
         self._robust = robust = None if isinstance(combine, NormalisedMean) else combine
+        max_norm = plan.clip_norm if plan.unit == "client" else update_bound
         check_combination(
             rule=rule,
             unit=plan.unit,
             drift=training.drift,
             hidden=not isinstance(sum_mode, Plain),
             combine=combine,
+            bound=max_norm,
             weighs=roster.weighs,
             normalises=roster.weights.normalises_steps,
             by_loss=roster.by_loss is not None,
@@ -168,7 +170,6 @@ class Federation:
             lambda key: rule.init(init_adapter(model.config, lora, key)), self._seed
         )
         bits = fitting_bits(value_bits, count)
-        max_norm = plan.clip_norm if plan.unit == "client" else update_bound
         self._programs = tuple(
             RoundPrograms(self._recipe, phase, self._codecs(shapes, phase, max_norm, bits))
             for phase in range(len(rule.phases))

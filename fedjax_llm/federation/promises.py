@@ -74,6 +74,7 @@ def check_combination(
     drift: Drift,
     hidden: bool,
     combine: Combination | None,
+    bound: float,
     weighs: bool,
     normalises: bool = False,
     by_loss: bool = False,
@@ -87,6 +88,7 @@ def check_combination(
         drift: of local training.
         hidden: whether the sum hides single messages.
         combine: how messages are combined; None is the mean.
+        bound: the largest l2 norm of a message.
         weighs: whether clients count unequally.
         normalises: whether FedNova weighs different numbers of local steps against each other.
         by_loss: whether weights follow from losses.
@@ -131,6 +133,12 @@ def check_combination(
         raise UserError(
             f"rule {rule.name!r} sends other things in other rounds, and a robust combination "
             "compares like with like; choose another rule"
+        )
+    if isinstance(combine, NormalisedMean) and bound > 1:
+        raise UserError(
+            f"messages may be {bound:g} long, and normalised ones have length 1: who does not "
+            "normalise would count that many times; lower update_bound (with unit client: the clip "
+            "norm) to 1"
         )
     if normalises and (
         by_loss or rule.weighs_by_result or rule.needs_individual_messages or combine is not None

@@ -204,6 +204,7 @@ def check_together(run_file: RunFile) -> None:
         drift=local_training(run_file).drift,
         hidden=run_file.secure.sum != "plain",
         combine=found,
+        bound=run_file.privacy.clip_norm if unit == "client" else run_file.secure.update_bound,
         weighs=section.weights != "uniform" or (section.normalise_steps and len(steps) > 1),
         normalises=section.normalise_steps,
         by_loss=section.weights.startswith("loss"),

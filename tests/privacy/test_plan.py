@@ -246,7 +246,7 @@ def test_reports_and_statements():
     for words in ("one training example of one cloud", "Poisson", "trusts itself", "Released"):
         assert words in text
     text = for_clients(rate=0.5).statement()
-    for words in ("one cloud", "server sees the sum before noise", "took part", "Released"):
+    for words in ("one client", "server sees the sum before noise", "took part", "Released"):
         assert words in text
     assert "took part" not in for_clients().statement()
     with pytest.raises(UserError, match="rounds must be zero or more"):

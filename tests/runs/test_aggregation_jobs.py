@@ -52,16 +52,15 @@ def test_every_server_optimiser_and_combination_goes_by_its_name(jobs: Jobs) -> 
     for name, made in COMBINES.items():
         settings = (
             f"aggregation.combine={name}",
-            "aggregation.radius=0.5",
+            *(("aggregation.radius=0.5",) if name == "centred-clipping" else ()),
             "clouds.medical.clients=3",
         )
         assert build.combination(loaded(jobs, *settings)) == made(1, 0.5)
         with pytest.raises(UserError, match="3 clients cannot fill 2 groups"):
             loaded(jobs, *settings, "aggregation.groups=2")
     assert build.combination(loaded(jobs)) is None
-    assert isinstance(
-        build.combination(loaded(jobs, "aggregation.combine=normalised")), NormalisedMean
-    )
+    directions = ("aggregation.combine=normalised", "secure.update_bound=1.0")
+    assert isinstance(build.combination(loaded(jobs, *directions)), NormalisedMean)
 
 
 def test_a_hybrid_job_with_everything_on(jobs: Jobs, tmp_path: Path) -> None:
@@ -211,6 +210,11 @@ def test_settings_that_move_results_are_part_of_a_run_s_identity(
         ),
         (("aggregation.rule=fedrot", "clouds.medical.rank=1"), UserError, "one rank for all"),
         (("aggregation.combine=krum",), UserError, "krum needs at least"),
+        (
+            ("aggregation.combine=normalised", "secure.update_bound=3.0"),
+            UserError,
+            "messages may be 3 long, and normalised ones have length 1",
+        ),
         (("aggregation.weights=public",), UserError, "needs a weight in some"),
         (("clouds.medical.weight=2.0",), UserError, 'weights = "public"; remove it'),
         (("aggregation.byzantine=2",), UserError, "goes with combine = krum"),
