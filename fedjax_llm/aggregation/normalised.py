@@ -16,8 +16,9 @@ class NormalisedMean:
     robust against clients that scale or turn their updates, as long as honest ones hold more than
     half of the weight, and still a sum, so that it works under encryption, where the server could
     not see a length. A client that lies about having divided is bounded by the codec alone, which
-    therefore shortens to length 1: a larger `update_bound` is refused. The paper normalises one gradient a round; here the change after several local steps takes its
-    place. The length of the step is the server's learning rate.
+    therefore shortens to length 1: a larger `update_bound` is refused. The paper normalises one
+    gradient a round; here the change after several local steps takes its place. The length of the
+    step is the server's learning rate.
 
     | message | result |
     |---|---|

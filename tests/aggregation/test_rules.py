@@ -388,7 +388,7 @@ def test_fedask_finds_the_best_product_of_its_rank() -> None:
 
 
 def test_fedask_sketches_add_up_as_the_changes_do() -> None:
-    """All clients multiply by one Omega: where only B moves, the message is linear in its change."""
+    """All clients multiply by one Omega: a message is linear in the change where only B moves."""
     play = Play(make("fedask-fixed-a"), 1)
     round_, rank = play.round, jnp.int32(RANK)
     start = play.rule.start(round_, rank)
