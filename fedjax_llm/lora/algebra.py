@@ -22,6 +22,8 @@ _LAST_PASS = 0.3
 _PASSES = 8
 # The least pivot of rows whose singular values one Cholesky factor gives.
 _ONE_TURN = 0.02
+# Vectors shorter than that, of the longest, count as zero: their squares leave float32's range.
+_SHORTEST = 1e-15
 
 
 def matmul(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -78,6 +80,8 @@ def orthonormal(a_DxN: jax.Array) -> jax.Array:
     if inner > inputs:
         return jnp.linalg.qr(a_DxN)[0]
 
+    a_DxN, _ = _scaled(a_DxN)
+
     def step(a_DxN: jax.Array, gram_NxN: jax.Array) -> tuple[jax.Array, jax.Array]:
         _, inverse_Nx1, lower_NxN = _cholesky_of_directions(gram_NxN, _SHIFT)
         a_DxN = matmul(a_DxN, inverse_Nx1 * _inverse_transposed(lower_NxN))
@@ -107,6 +111,10 @@ def left_axes(b_NxF: jax.Array) -> tuple[jax.Array, jax.Array]:
     nearly orthogonal, of whatever lengths, and each is scaled to length one (Demmel and Veselic,
     SIAM J. Matrix Anal. 13, 1992). Rows that are not are turned to its eigenvectors first.
     """
+    if b_NxF.shape[-2] > b_NxF.shape[-1]:
+        u_NxN, s_F, _ = jnp.linalg.svd(b_NxF)
+        return u_NxN, _widened(s_F, b_NxF.shape[-2] - b_NxF.shape[-1], -1)
+    b_NxF, size = _scaled(b_NxF)
     gram_NxN = matmul_nt(b_NxF, b_NxF)
     _, _, lower_NxN = _cholesky_of_directions(gram_NxN, _SHIFT)
 
@@ -122,9 +130,16 @@ def left_axes(b_NxF: jax.Array) -> tuple[jax.Array, jax.Array]:
         length_Nx1, _, lower_NxN = _cholesky_of_directions(gram_of_turned_NxN, _SHIFT)
         return turn_NxN, length_Nx1 * lower_NxN
 
+    def by_householder() -> tuple[jax.Array, jax.Array]:
+        upper_NxN = jnp.linalg.qr(transposed(b_NxF), mode="r")
+        return _identity_like(gram_NxN), transposed(upper_NxN)
+
     turn_NxN, factor_NxN = jax.lax.cond(_least_pivot(lower_NxN) > _ONE_TURN, as_it_is, turned)
+    turn_NxN, factor_NxN = jax.lax.cond(
+        jnp.isfinite(factor_NxN).all(), lambda: (turn_NxN, factor_NxN), by_householder
+    )
     u_NxN, s_N, _ = jnp.linalg.svd(factor_NxN)
-    return matmul(turn_NxN, u_NxN), s_N
+    return matmul(turn_NxN, u_NxN), s_N * size[..., 0]
 
 
 def truncated(a_DxN: jax.Array, b_NxF: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
@@ -192,11 +207,16 @@ def _reorthonormalised(a_DxR: jax.Array) -> jax.Array:
     return matmul(a_DxR, jnp.float32(1.5) * identity - jnp.float32(0.5) * gram_RxR)
 
 
+def _scaled(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Each matrix times one over its largest entry, and that; so that squares stay in range."""
+    size = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)
+    size = jnp.where(size >= jnp.finfo(jnp.float32).tiny, size, jnp.float32(1))
+    return x * jax.lax.optimization_barrier(1 / size), size
+
+
 def _eigenvectors(gram_NxN: jax.Array) -> jax.Array:
     """Of a Gram matrix, those of the largest eigenvalues first."""
-    # Scaled so that squares neither overflow nor vanish; a zero matrix stays zero.
-    size = jnp.max(jnp.abs(gram_NxN), axis=(-2, -1), keepdims=True)
-    _, u_NxN = jnp.linalg.eigh(gram_NxN / jnp.where(size > 0, size, jnp.float32(1)))
+    _, u_NxN = jnp.linalg.eigh(_scaled(gram_NxN)[0])
     return jnp.flip(u_NxN, axis=-1)  # eigenvalues come in ascending order
 
 
@@ -205,12 +225,15 @@ def _cholesky_of_directions(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Vectors' lengths, one over them (1 for zeros), and their Cholesky factor at length 1.
 
+    Those shorter than `_SHORTEST` of the longest are zeros.
+
     Barriers, and no division by what is broadcast: XLA makes a product of that on two devices and
     not on one, with other bytes.
     """
     barrier = jax.lax.optimization_barrier
     squares_N = jnp.diagonal(gram_NxN, axis1=-2, axis2=-1)
-    length_N = barrier(jnp.sqrt(squares_N))
+    least_1 = jnp.max(squares_N, axis=-1, keepdims=True) * jnp.float32(_SHORTEST**2)
+    length_N = barrier(jnp.sqrt(jnp.where(squares_N > least_1, squares_N, jnp.float32(0))))
     inverse_N = barrier(1 / jnp.where(length_N > 0, length_N, jnp.float32(1)))
     unit_NxN = barrier(gram_NxN * inverse_N[..., :, None] * inverse_N[..., None, :])
     shift_NxN = jnp.float32(shift) * _identity_like(gram_NxN)

@@ -78,7 +78,7 @@ def test_a_basis_of_layers_of_which_one_is_zero() -> None:
 @given(
     inner=st.integers(1, 16),
     span=st.floats(0, 12),
-    rows=st.sampled_from(["any", "orthogonal", "parallel", "one zero", "all zero"]),
+    rows=st.sampled_from(["any", "orthogonal", "parallel", "rounded", "one zero", "all zero"]),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_left_axes_are_those_of_the_singular_value_decomposition(
@@ -92,6 +92,10 @@ def test_left_axes_are_those_of_the_singular_value_decomposition(
         b = turn @ b
     elif rows == "parallel":
         b = b[:1] * draw.normal(size=(inner, 1))
+    elif rows == "rounded":
+        # What fixed point leaves of rows that ought to be zero: a few steps, in few places.
+        b[inner // 2 :, 3:] = 0
+        b[inner // 2 :] = np.round(b[inner // 2 :]) * 1e-6 * np.abs(b).max()
     elif rows == "one zero":
         b[draw.integers(inner)] = 0
     elif rows == "all zero":
