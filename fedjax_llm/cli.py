@@ -107,15 +107,20 @@ def compare(
 def epsilon(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A run file.")],
     overrides: Overrides = None,
+    target: Annotated[
+        float | None, typer.Option("--target", metavar="EPSILON", help="Tell the noise for it.")
+    ] = None,
+    budget: Annotated[
+        float | None, typer.Option("--budget", metavar="EPSILON", help="Tell the rounds for it.")
+    ] = None,
 ) -> None:
-    """Tell the epsilon of a run file's plan without running it."""
+    """Tell the epsilon of a run file's plan, and of other noise, rates and rounds."""
     from fedjax_llm.runs import planned, runfile
 
     plan = planned.privacy_plan(runfile.load(file, overrides or []), on_event=_print_notes)
     typer.echo(plan.statement())
-    if plan.unit != "none":
-        for rounds in planned.rounds_to_show(plan.rounds):
-            typer.echo(str(plan.report(rounds)))
+    for line in planned.answers(plan, target, budget):
+        typer.echo(line)
 
 
 @app.command()

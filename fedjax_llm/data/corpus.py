@@ -9,7 +9,7 @@ import numpy as np
 
 from fedjax_llm.data.builtin import builtin_capacity, builtin_mapping, builtin_rows
 from fedjax_llm.data.mapping import Mapping, MappingReport, map_rows_counted
-from fedjax_llm.data.packing import to_batch
+from fedjax_llm.data.packing import to_batch, to_batch_by_user
 from fedjax_llm.data.partition import How, partition
 from fedjax_llm.data.poisoning import flip_labels
 from fedjax_llm.data.readers import read_rows
@@ -36,6 +36,7 @@ class CorpusSpec:
       system: System message of every example, or None for the template's default.
       length: Tokens per row.
       packing: Several examples per row; must be False where an example is the unit of privacy.
+      by_user: One training row a user, which is the unit of privacy; goes with one client.
       seed: Of the embedded corpora, the shuffle and the split.
       clients: Among how many clients of the cloud the training rows are divided.
       partition: How they are divided; see `partition.partition`.
@@ -51,6 +52,7 @@ class CorpusSpec:
     system: str | None = None
     length: int = 256
     packing: bool = False
+    by_user: bool = False
     seed: int = 0
     clients: int = 1
     partition: How = "iid"
@@ -63,6 +65,7 @@ class CorpusReport:
     """Where every row of a cloud went; no row disappears uncounted.
 
     `mapping.rows` = dropped by the mapping + `over_limit` + training and evaluation records.
+    `over_row` of the training records did not fit into their users' rows.
     """
 
     mapping: MappingReport
@@ -71,6 +74,7 @@ class CorpusReport:
     evaluation_rendering: RenderReport
     train: TokenStatistics
     evaluation: TokenStatistics
+    over_row: int = 0
 
     def lines(self) -> list[str]:
         """The report as lines for the user; lines about losses appear only where there are some."""
@@ -81,6 +85,7 @@ class CorpusReport:
             "contexts shortened to fit": self._both("context_cut"),
             "answers shortened to fit": self._both("answer_cut"),
             "records dropped because no token of the answer fits": self._both("lost"),
+            "training examples left out because their user's row is full": self.over_row,
         }
         missing = [
             f"{count} rows without {column!r}" for column, count in self.mapping.missing.items()
@@ -135,6 +140,16 @@ def load_corpus(
       UserError: Any mistake in the spec or in the data, in one line that names the cloud.
     """
     try:
+        if spec.by_user and spec.clients > 1:
+            raise UserError(
+                f"{spec.clients} clients would share the examples of one user; "
+                "use one client a cloud with unit user"
+            )
+        if spec.by_user and not (spec.mapping and spec.mapping.user):
+            raise UserError(
+                "privacy unit user needs to know whose each row is; set user in the mapping to the "
+                "column that tells"
+            )
         records, counts = load_records(spec, root)
         kept = _limited(records, spec)
         train_records, evaluation_records = split_by_group(kept, spec.eval_fraction, spec.seed)
@@ -160,7 +175,11 @@ def load_corpus(
                     f"a client of {spec.clients} has no training example that fits into "
                     f"{spec.length} tokens; use fewer clients, or raise length"
                 )
-            batches.append(to_batch(own, spec.length, spec.packing, pad_id))
+            if spec.by_user:
+                batch, over_row = to_batch_by_user(own, spec.length, pad_id)
+            else:
+                batch, over_row = to_batch(own, spec.length, spec.packing, pad_id), 0
+            batches.append(batch)
         return Corpus(
             name=name,
             train=Batch(*(np.concatenate(arrays) for arrays in zip(*batches, strict=True))),
@@ -175,6 +194,7 @@ def load_corpus(
                 evaluation_rendering=evaluation_counts,
                 train=describe(train),
                 evaluation=describe(evaluation),
+                over_row=over_row,
             ),
         )
     except UserError as error:

@@ -10,7 +10,7 @@ from typing import Any
 from fedjax_llm.data.records import Record, normalise_text
 from fedjax_llm.errors import UserError
 
-FIELDS = ("prompt", "answer", "context", "label", "group")
+FIELDS = ("prompt", "answer", "context", "label", "group", "user")
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Mapping:
       context: Column or template of a passage shown before the prompt.
       label: Column or template of the class.
       group: Column or template of what must stay on one side of the split.
+      user: Column or template that tells whose row it is.
       values: For each column, what its values stand for: `{"sentiment": {0: "negative"}}`.
         Keys are compared as text, so that 0 and "0" are the same; applied before templates.
     """
@@ -36,6 +37,7 @@ class Mapping:
     context: str = ""
     label: str = ""
     group: str = ""
+    user: str = ""
     values: MappingABC[str, MappingABC[Any, str]] = field(default_factory=dict)
 
     def columns(self) -> tuple[str, ...]:

@@ -27,6 +27,52 @@ def to_batch(rendered: Sequence[Rendered], length: int, packing: bool, pad_id: i
     Raises:
       UserError: `length` is not positive, or an example is empty or longer than `length`.
     """
+    _check_lengths(rendered, length)
+    rows = (
+        _first_fit_decreasing(rendered, length) if packing else [[i] for i in range(len(rendered))]
+    )
+    return _laid_out(rendered, rows, length, pad_id)
+
+
+def to_batch_by_user(rendered: Sequence[Rendered], length: int, pad_id: int) -> tuple[Batch, int]:
+    """Lays examples out as one row a user, the unit that is then clipped.
+
+    A row holds a user's examples in their order, each as a segment of its own, as long as they fit;
+    what does not is left out, whatever others have.
+
+    Args:
+      rendered: N examples of 1 to `length` tokens, each with a user.
+      length: T, tokens per row.
+      pad_id: Token of the padding; its segment is 0.
+
+    Returns:
+      The batch, as `to_batch`, in the order in which users first occur, and how many examples did
+      not fit.
+
+    Raises:
+      UserError: as `to_batch`; an example without a user.
+    """
+    _check_lengths(rendered, length)
+    rows: dict[str, list[int]] = {}
+    free: dict[str, int] = {}
+    left_out = 0
+    for index, example in enumerate(rendered):
+        if not example.user:
+            raise UserError(
+                f"example {index + 1} does not say whose it is; map user to a column that is "
+                "never empty, or use another privacy unit"
+            )
+        own = rows.setdefault(example.user, [])
+        room = free.get(example.user, length)
+        if len(example.tokens) > room:
+            left_out += 1
+            continue
+        own.append(index)
+        free[example.user] = room - len(example.tokens)
+    return _laid_out(rendered, list(rows.values()), length, pad_id), left_out
+
+
+def _check_lengths(rendered: Sequence[Rendered], length: int) -> None:
     if length < 1:
         raise UserError(f"length must be at least 1 token, got {length}")
     for number, example in enumerate(rendered, start=1):
@@ -35,9 +81,12 @@ def to_batch(rendered: Sequence[Rendered], length: int, packing: bool, pad_id: i
                 f"example {number} has {len(example.tokens)} tokens, but a row holds 1 to "
                 f"{length}; render with max_length = {length}"
             )
-    rows = (
-        _first_fit_decreasing(rendered, length) if packing else [[i] for i in range(len(rendered))]
-    )
+
+
+def _laid_out(
+    rendered: Sequence[Rendered], rows: Sequence[Sequence[int]], length: int, pad_id: int
+) -> Batch:
+    """The examples of each row one after the other."""
     tokens_BxT = np.full((len(rows), length), pad_id, np.int32)
     loss_mask_BxT = np.zeros((len(rows), length), np.bool_)
     segments_BxT = np.zeros((len(rows), length), np.int32)

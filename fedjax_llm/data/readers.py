@@ -4,8 +4,8 @@ import csv
 import gzip
 import json
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -91,7 +91,7 @@ def _open(path: Path) -> BinaryIO | gzip.GzipFile:
     return path.open("rb")
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
+def _lines(path: Path) -> Generator[tuple[int, str]]:
     """Yields (line number from 1, text with its line end)."""
     with _open(path) as file:
         for number, raw in enumerate(file, start=1):
@@ -106,7 +106,12 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
-    for number, line in _lines(path):
+    with closing(_lines(path)) as lines:  # an error would leave the file to the collector
+        yield from _objects(path, lines)
+
+
+def _objects(path: Path, lines: Iterator[tuple[int, str]]) -> Iterator[Row]:
+    for number, line in lines:
         if not line.strip():
             continue
         try:
@@ -134,7 +139,11 @@ def _json_kind(value: Any) -> str:
 
 
 def _read_csv(path: Path) -> Iterator[Row]:
-    reader = csv.reader((line for _, line in _lines(path)), strict=True)
+    with closing(_lines(path)) as lines:
+        yield from _records(path, csv.reader((line for _, line in lines), strict=True))
+
+
+def _records(path: Path, reader: Any) -> Iterator[Row]:
     try:
         header = next(reader, None)
         if header is None:

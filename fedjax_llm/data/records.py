@@ -17,6 +17,8 @@ class Record:
       label: The class of a classification row, for measuring accuracy.
       group: What must not straddle the split into training and evaluation, such as the question
         that several paraphrases share. Empty means: the prompt itself (`splitting.group_key`).
+      user: Whose example it is, where a user is the unit of privacy; a user does not straddle the
+        split either.
     """
 
     prompt: str
@@ -24,6 +26,7 @@ class Record:
     context: str = ""
     label: str = ""
     group: str = ""
+    user: str = ""
 
 
 def normalise_text(text: str) -> str:

@@ -37,11 +37,13 @@ class Rendered:
       cut: What did not fit: "nothing"; "context", shortened at its end or dropped; "answer",
         shortened at its end after the context was dropped, so that there is no end-of-turn token
         either; "all", when no token of the answer fits and the example teaches nothing.
+      user: Whose it is; empty where that is not known.
     """
 
     tokens: list[int]
     loss_mask: list[bool]
     cut: Literal["nothing", "context", "answer", "all"] = "nothing"
+    user: str = ""
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,10 @@ def render_all(
     system: str | None = None,
 ) -> tuple[list[Rendered], RenderReport]:
     """Renders records, drops those that teach nothing, and counts what was cut or dropped."""
-    rendered = [render(record, tokenizer, template, max_length, system) for record in records]
+    rendered = [
+        replace(render(record, tokenizer, template, max_length, system), user=record.user)
+        for record in records
+    ]
     kept = [example for example in rendered if example.cut != "all"]
     report = RenderReport(
         records=len(rendered),

@@ -9,11 +9,11 @@ from fedjax_llm.errors import UserError
 
 
 def group_key(record: Record) -> str:
-    """What must not straddle the split: the group, else the prompt, else the text itself.
+    """What must not straddle the split: the user, else the group, the prompt, or the text itself.
 
     Case and spacing do not make two questions different.
     """
-    text = record.group or record.prompt or record.context or record.answer
+    text = record.user or record.group or record.prompt or record.context or record.answer
     return " ".join(text.casefold().split())
 
 

@@ -29,6 +29,7 @@ from fedjax_llm.training import (
     ClientMetrics,
     ClientTable,
     LocalTraining,
+    NoiseStream,
     client_update,
     optimizer_init,
 )
@@ -44,11 +45,15 @@ class ClientState(NamedTuple):
         optimizer: its optimiser's state for each phase of the rule; () where it starts anew.
         kept: the sides that it keeps for itself; empty for most rules.
         control: its control variate for each phase; () without SCAFFOLD.
+        noise: what correlated noise keeps; () without.
+        clip: its adaptive clip norm; () without.
     """
 
     optimizer: tuple[PyTree, ...]
     kept: Part
     control: tuple[PyTree, ...]
+    noise: PyTree = ()
+    clip: PyTree = ()
 
 
 class ClientInputs(NamedTuple):
@@ -60,6 +65,7 @@ class ClientInputs(NamedTuple):
         state: what it carried over.
         weight: float32, its weight as far as it is known beforehand.
         participates: bool, whether its message enters this round; the others send zeros.
+        online: bool, whether it can be reached; then it adds its share of integer noise.
         rank: int32, its rank.
         steps: int32, its local steps.
     """
@@ -69,6 +75,7 @@ class ClientInputs(NamedTuple):
     state: ClientState
     weight: jax.Array
     participates: jax.Array
+    online: jax.Array
     rank: jax.Array
     steps: jax.Array
 
@@ -81,6 +88,7 @@ class Shared(NamedTuple):
         round: the rule's view of the round, less its static phase.
         control: the global control variate of the phase; () without SCAFFOLD.
         seed: the run's key.
+        clip: the adaptive clip norm of messages; () without.
     """
 
     base: PyTree
@@ -88,6 +96,7 @@ class Shared(NamedTuple):
     number: jax.Array
     control: PyTree
     seed: jax.Array
+    clip: PyTree = ()
 
 
 class Local(NamedTuple):
@@ -159,6 +168,14 @@ class Client:
             key_for(shared.seed, Purpose.LOCAL_NOISE, shared.number, client.place),
             client.steps,
             correction,
+            NoiseStream(
+                (shared.number - jnp.int32(1)) * jnp.int32(self.training.steps),
+                key_for(
+                    shared.seed, Purpose.LOCAL_NOISE, shared.number - jnp.int32(1), client.place
+                ),
+                client.state.noise,
+                client.state.clip,
+            ),
         )
         after = limited(trained.trainable)
         kept = subset(after, rule.kept) if rule.kept else {}
@@ -168,6 +185,8 @@ class Client:
             ),
             kept,
             client.state.control,
+            client.state.noise,
+            trained.clip,
         )
         control: PyTree = ()
         if self.training.drift.control:
@@ -175,10 +194,12 @@ class Client:
             state = state._replace(control=_replaced(client.state.control, phase, trained.gradient))
         # Moments that are not finite would make every later message of the client zeros as well.
         sound = client.participates & _finite((after, control))
+        # Noise goes on in every round, so that its steps are those by which turns are counted.
+        state = _only_if(sound, state, client.state)._replace(noise=trained.noise)
         return Local(
             after,
             control,
-            _only_if(sound, state, client.state),
+            state,
             _only_if(client.participates, trained.metrics, _zeros(trained.metrics)),
         )
 
@@ -208,8 +229,25 @@ class Client:
                 there is none.
         """
         tree = self.upload(stage, shared, client, local, public, inverse_weight)
-        message = self.codecs[stage].encode(tree)
-        return _only_if(client.participates, message, _zeros(message))
+        return self.encoded(stage, shared.seed, shared.number, client, tree)
+
+    def encoded(
+        self,
+        stage: int,
+        seed: jax.Array,
+        number: jax.Array,
+        client: ClientInputs,
+        tree: PyTree,
+    ) -> EncodedMessage:
+        """A message shortened, in fixed point, with the client's share of integer noise."""
+        codec = self.codecs[stage]
+        message = codec.encode(tree)
+        message = _only_if(client.participates, message, _zeros(message))
+        if codec.noise is None:
+            return message
+        share_P = codec.share(key_for(seed, Purpose.NOISE_SHARE, number, client.place))
+        share_P = jnp.where(client.online, share_P, jnp.zeros_like(share_P))
+        return message._replace(ints_P=message.ints_P + share_P)
 
     def upload(
         self,
@@ -228,7 +266,11 @@ class Client:
             message = self.normalised.of(message)
         if not self.alike:
             message = scaled(message, self._share(shared, client, local, inverse_weight))
-        return Upload(message, local.control if stage == 0 else ())
+        upload = Upload(message, local.control if stage == 0 else ())
+        if shared.clip:
+            # In units of the clip norm, so that one fixed point serves whatever that is.
+            upload = scaled(upload, 1 / shared.clip.clip_norm)
+        return upload
 
     def round(self, shared: Shared) -> Round:
         """The round as the rule sees it."""

@@ -25,6 +25,8 @@ from fedjax_llm.federation.programs import RoundPrograms
 from fedjax_llm.federation.promises import (
     Combination,
     check_combination,
+    check_correlation,
+    check_integer,
     check_plan,
     check_selective,
     weight_kinds,
@@ -33,6 +35,7 @@ from fedjax_llm.federation.recipe import Attackers, Recipe
 from fedjax_llm.federation.reports import RoundReport, report
 from fedjax_llm.federation.roads import BeforeOpening, Road
 from fedjax_llm.federation.roster import Roster
+from fedjax_llm.federation.shares import check_online, mechanism_and_bits, table_of
 from fedjax_llm.federation.state import FederationState, adapter_of, init_state
 from fedjax_llm.federation.sums import Plain, Selective, SumMode
 from fedjax_llm.federation.tables import Participant, check_participants
@@ -40,6 +43,7 @@ from fedjax_llm.federation.wire_sizes import WireSizes
 from fedjax_llm.lora import Adapter, LoraConfig, add_dense, init_adapter
 from fedjax_llm.models import Model, loss
 from fedjax_llm.privacy import PrivacyPlan
+from fedjax_llm.privacy.integer_noise import NoiseTable
 from fedjax_llm.training import LocalTraining
 
 PyTree = Any
@@ -133,6 +137,7 @@ class Federation:
             attack=attackers.attack if attackers else None,
         )
         check_plan(plan, training, self.participants, weight_kinds(rule, roster.kind))
+        check_correlation(plan, rule)
         check_selective(plan, sum_mode, rule)
 
         cloud_groups = None
@@ -141,6 +146,11 @@ class Federation:
             cloud_groups = tuple(int(group) for group in robust.assign(len(roster.clouds)))
         elif robust is not None:
             robust.check(count)
+        adaptive = plan.adaptive if plan.unit == "client" else None
+        noise_stddev = plan.noise_stddev if plan.trust == "central" else 0.0
+        if adaptive is not None:
+            # Messages are divided by the clip norm of their round.
+            max_norm, noise_stddev = 1.0, noise_stddev / plan.clip_norm
         self._recipe = Recipe(
             layout=self.layout,
             training=training,
@@ -152,7 +162,10 @@ class Federation:
             groups=cloud_groups and tuple(cloud_groups[cloud] for cloud in roster.cloud_K),
             clouds=roster.cloud_K,
             attackers=attackers,
-            server_noise_stddev=plan.noise_stddev if plan.unit == "client" else 0.0,
+            server_noise_stddev=noise_stddev,
+            server_noise=plan.correlation if plan.trust == "central" else None,
+            adaptive=adaptive,
+            expected=sum(plan.expected_sizes) if plan.unit == "client" else float(count),
             # A sum of weights that follow from private data would be one more release.
             sums_weights=plan.unit != "client"
             and (roster.by_loss is not None or rule.weighs_by_result),
@@ -169,9 +182,24 @@ class Federation:
         shapes = jax.eval_shape(
             lambda key: rule.init(init_adapter(model.config, lora, key)), self._seed
         )
-        bits = fitting_bits(value_bits, count)
+        noise: NoiseTable | None = None
+        if plan.integer is None:
+            bits = fitting_bits(value_bits, count)
+        else:
+            done, bits = mechanism_and_bits(
+                model.config,
+                lora,
+                rule,
+                plan.integer.shares,
+                clip_norm=plan.clip_norm,
+                noise_multiplier=plan.noise_multiplier,
+                control=training.drift.control,
+                bits=value_bits,
+            )
+            check_integer(plan, done, count, hidden=not isinstance(sum_mode, Plain))
+            noise = table_of(done, plan.noise_multiplier)
         self._programs = tuple(
-            RoundPrograms(self._recipe, phase, self._codecs(shapes, phase, max_norm, bits))
+            RoundPrograms(self._recipe, phase, self._codecs(shapes, phase, max_norm, bits, noise))
             for phase in range(len(rule.phases))
         )
         self._sizes = WireSizes(
@@ -182,6 +210,7 @@ class Federation:
             training.drift.control,
             self._recipe.sums_weights,
             self._recipe.reads_messages,
+            adaptive is not None,
         )
         self._base = self.layout.replicate(model.base)
         self._road = Road(
@@ -209,7 +238,7 @@ class Federation:
             self._hidden = HiddenSums(sum_mode, self.names, cloud_groups, most, codecs)
 
     def _codecs(
-        self, server: Any, phase: int, max_norm: float, bits: int
+        self, server: Any, phase: int, max_norm: float, bits: int, noise: NoiseTable | None
     ) -> tuple[MessageCodec, ...]:
         """The fixed point of each stage's message."""
         rule, control = self.rule, self._training.drift.control
@@ -219,7 +248,12 @@ class Federation:
             tree = Upload(message, extra)
             found.append(
                 MessageCodec.for_tree(
-                    tree, max_norm=max_norm, bits=bits, clients=len(self.participants)
+                    tree,
+                    max_norm=max_norm,
+                    bits=bits,
+                    clients=len(self.participants),
+                    noise=noise,
+                    counts=self._recipe.adaptive is not None,
                 )
             )
         return tuple(found)
@@ -279,6 +313,8 @@ class Federation:
             self._seed,
             len(self.participants),
             self._robust,
+            self._recipe.server_noise,
+            self._recipe.adaptive,
         )
 
     def model_of(self, state: FederationState, cloud: str | None = None) -> tuple[PyTree, Adapter]:
@@ -348,10 +384,11 @@ class Federation:
                 more rounds. The state is unchanged.
         """
         number = int(state.round) + 1
-        if self.plan.unit != "none" and number > self.plan.rounds:
+        if self.plan.unit != "none" and number > self.plan.allowed_rounds:
+            within = "" if self.plan.budget is None else f" within epsilon {self.plan.budget:g}"
             raise Refused(
-                f"round {number}: the privacy plan accounts for {self.plan.rounds} rounds; "
-                "plan more, at a larger epsilon"
+                f"round {number}: the privacy plan accounts for {self.plan.allowed_rounds} "
+                f"rounds{within}; plan more, at a larger epsilon"
             )
         online_K = self.roster.online(number)
         online = self.roster.clouds_online(online_K)
@@ -363,10 +400,12 @@ class Federation:
             self._robust.check(int(online_K.sum()))
         if self._hidden is not None:
             self._hidden.check(online)
+        if self.plan.integer is not None:
+            check_online(self.plan.integer, int(online_K.sum()), number)
         phase = self.rule.phase(number)
         programs = self._programs[phase]
         selected_K = online_K & self.roster.selected(number)
-        clients = self.roster.inputs(state.clients, selected_K)
+        clients = self.roster.inputs(state.clients, selected_K, online_K)
         inverse = jnp.float32(1 / self.roster.divisor(online_K, self._recipe.sums_weights))
         ledger = Ledger.of(self.names)
         on_stage("train")
@@ -385,7 +424,7 @@ class Federation:
         new_state = FederationState(
             jnp.int32(number),
             *_on_first_device((new.server, _own(local.state, len(self.participants)))),
-            *_on_first_device((new.control, new.combine)),
+            *_on_first_device((new.control, new.combine, new.noise, new.clip)),
         )
         return new_state, report(
             number=number,

@@ -24,6 +24,8 @@ class Purpose(enum.IntEnum):
     SERVER_NOISE = 5
     RULE = 6
     ATTACK = 7
+    NOISE_SHARE = 8
+    COUNT_NOISE = 9
 
 
 def seed_key(seed: int) -> jax.Array:

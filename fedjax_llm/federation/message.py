@@ -16,7 +16,8 @@ from jax.flatten_util import ravel_pytree
 from numpy.typing import NDArray
 
 from fedjax_llm.errors import UserError
-from fedjax_llm.privacy import clip
+from fedjax_llm.privacy import clip, indicator
+from fedjax_llm.privacy.integer_noise import NoiseTable, draw
 from fedjax_llm.secure.fixed_point import FixedPoint
 
 PyTree = Any
@@ -73,25 +74,41 @@ class MessageCodec:
             sensitivity of the sum.
         fixed_point: step, bits and the proof that a sum of all clients cannot overflow.
         unravel: the inverse of flattening.
+        noise: what clients draw integer noise from, which they add to their encoded messages; or
+            None.
+        counts: whether one more integer tells if the norm was within `max_norm`: twice the
+            `indicator` of an adaptive clip norm, 1 or -1, and 0 from who takes no part.
     """
 
     size: int
     max_norm: float
     fixed_point: FixedPoint
     unravel: Callable[[jax.Array], PyTree]
+    noise: NoiseTable | None = None
+    counts: bool = False
 
     @classmethod
-    def for_tree(cls, tree: PyTree, *, max_norm: float, bits: int, clients: int) -> "MessageCodec":
+    def for_tree(
+        cls,
+        tree: PyTree,
+        *,
+        max_norm: float,
+        bits: int,
+        clients: int,
+        noise: NoiseTable | None = None,
+        counts: bool = False,
+    ) -> "MessageCodec":
         """Builds the codec for trees shaped like `tree`, summed over at most `clients`."""
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)
         flat, unravel = ravel_pytree(zeros)
         fixed_point = FixedPoint(bits=bits, bound=max_norm, summands=clients)
-        return cls(flat.size, max_norm, fixed_point, unravel)
+        return cls(flat.size, max_norm, fixed_point, unravel, noise, counts)
 
     @property
     def length(self) -> tuple[int, int]:
-        """Integers of a message, and the bound of their absolute value."""
-        return self.size, self.fixed_point.max_int
+        """Integers of a message, and the bound of their absolute value, noise included."""
+        own = self.fixed_point.max_int + (self.noise.bound if self.noise else 0)
+        return self.size + self.counts, own
 
     def encode(self, tree: PyTree) -> EncodedMessage:
         """Returns the message of a tree; pure, may be vmapped over clients."""
@@ -100,11 +117,24 @@ class MessageCodec:
         room = self.fixed_point.clip_norm_before_rounding(self.max_norm, self.size)
         sound_P = jnp.where(jnp.isfinite(norm), flat_P, jnp.float32(0))
         clipped_P, _ = clip(sound_P, room)
-        return EncodedMessage(self.fixed_point.encode(clipped_P), norm)
+        ints_P = self.fixed_point.encode(clipped_P)
+        if self.counts:
+            within = jnp.rint(2 * indicator(norm, self.max_norm)).astype(jnp.int32)
+            ints_P = jnp.concatenate([ints_P, within[None]])
+        return EncodedMessage(ints_P, norm)
+
+    def share(self, key: jax.Array) -> jax.Array:
+        """A client's share of the noise, int32 [P]; for simulation, see `integer_noise.draw`."""
+        assert self.noise is not None
+        return draw(self.noise, key, (self.size,))
 
     def decode(self, total_P: jax.Array) -> jax.Array:
         """Returns the integer sum in float32 units of the parameters."""
-        return total_P.astype(jnp.float32) * jnp.float32(self.fixed_point.step)
+        return total_P[..., : self.size].astype(jnp.float32) * jnp.float32(self.fixed_point.step)
+
+    def count(self, total_P: jax.Array) -> jax.Array:
+        """The sum of the indicators, float32; in the unit of `AdaptiveClip.update`."""
+        return total_P[..., self.size].astype(jnp.float32) * jnp.float32(0.5)
 
 
 class WeightCodec:

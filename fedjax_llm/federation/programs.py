@@ -77,7 +77,8 @@ class RoundPrograms:
         if base and residual:
             base = add_dense(base, residual)
         # Messages are written without the base, and without what is as large.
-        return Shared(base, state.server._replace(residual={}), number, control, seed)
+        server = state.server._replace(residual={})
+        return Shared(base, server, number, control, seed, state.clip)
 
     def _train(
         self,
@@ -167,15 +168,16 @@ class RoundPrograms:
             attackers.scale,
         )
 
-        def encoded(shared: PyTree, pair: tuple[jax.Array, PyTree, jax.Array]) -> EncodedMessage:
-            del shared
-            message_P, control, participates = pair
-            unravel = self.codecs[stage].unravel
+        def encoded(
+            where: tuple[jax.Array, jax.Array], inputs: tuple[jax.Array, PyTree, ClientInputs]
+        ) -> EncodedMessage:
+            seed, number = where
+            message_P, control, one = inputs
             whole_P = jnp.concatenate([message_P, ravel_pytree(control)[0]])
-            message = self.codecs[stage].encode(unravel(whole_P))
-            return jax.tree.map(lambda x: jnp.where(participates, x, jnp.zeros_like(x)), message)
+            tree = self.codecs[stage].unravel(whole_P)
+            return client.encoded(stage, seed, number, one, tree)
 
-        return layout.map_clients(encoded)((), (messages_KxP, control_K, clients.participates))
+        return layout.map_clients(encoded)((seed, number), (messages_KxP, control_K, clients))
 
     # What the server does with it.
 

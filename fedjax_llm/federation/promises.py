@@ -1,5 +1,6 @@
 """What a federation promises against what it does: a difference is refused before it runs."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,8 +11,8 @@ from fedjax_llm.aggregation.robust import Combine, GroupRobust
 from fedjax_llm.errors import Refused, UserError
 from fedjax_llm.federation.sums import Selective, SumMode
 from fedjax_llm.federation.tables import Participant, sampler_of
-from fedjax_llm.privacy import PrivacyPlan, check_weights
-from fedjax_llm.privacy.plan import Weights as WeightKind
+from fedjax_llm.privacy import IntegerMechanism, PrivacyPlan, check_weights
+from fedjax_llm.privacy.weights import Weights as WeightKind
 from fedjax_llm.training import Drift, LocalTraining
 
 Combination = NormalisedMean | Combine | GroupRobust
@@ -205,12 +206,12 @@ def check_plan(
         participants: the clients.
         weights: `weight_kinds` of what weighs them; the plan names the last.
     """
-    if (plan.unit == "example") != (training.privacy is not None):
+    if (plan.unit in ("example", "user")) != (training.privacy is not None):
         raise Refused(
             f"the plan's unit is {plan.unit!r} but local training "
             f"{'clips and noises each example' if training.privacy else 'does not clip examples'}"
         )
-    if plan.unit == "example":
+    if training.privacy is not None:
         _check_examples(plan, training, participants)
     if plan.unit == "client" and plan.units != (len(participants),):
         raise Refused(f"the plan accounts for {plan.units} clients, there are {len(participants)}")
@@ -228,15 +229,78 @@ def _check_examples(
     plan: PrivacyPlan, training: LocalTraining, participants: Sequence[Participant]
 ) -> None:
     assert training.privacy is not None
-    done = (training.privacy.clip_norm, training.privacy.noise_multiplier)
-    if done != (plan.clip_norm, plan.noise_multiplier):
+    done = (training.privacy.sensitivity, training.privacy.noise_multiplier)
+    # Norms of several groups add up to the plan's but for float64 rounding.
+    alike = math.isclose(done[0], plan.clip_norm, rel_tol=1e-12)
+    if not alike or done[1] != plan.noise_multiplier:
         raise Refused(
-            f"local training clips and noises with {done}, the plan accounts for "
-            f"{(plan.clip_norm, plan.noise_multiplier)}"
+            f"local training clips and noises with {done} ({training.privacy.clip_norm}), the plan "
+            f"accounts for {(plan.clip_norm, plan.noise_multiplier)}"
         )
-    if any(np.max(participant.train.segments_BxT) > 1 for participant in participants):
+    if training.privacy.adaptive != plan.adaptive:
+        raise Refused(
+            f"the clip norm of local training follows {training.privacy.adaptive}, the plan "
+            f"accounts for {plan.adaptive}"
+        )
+    if training.privacy.correlation != plan.correlation:
+        raise Refused(
+            f"the noise of local training hangs together by {training.privacy.correlation}, the "
+            f"plan accounts for {plan.correlation}"
+        )
+    if plan.unit == "example" and any(
+        np.max(participant.train.segments_BxT) > 1 for participant in participants
+    ):
         raise Refused("a row holds several examples; pack nothing with unit 'example'")
     rows = tuple(participant.rows for participant in participants)
     if rows != plan.units:
-        raise Refused(f"the plan counts {plan.units} examples, the clouds hold {rows}")
+        raise Refused(f"the plan counts {plan.units} {plan.unit}s, the clouds hold {rows}")
     plan.check_sampler(sampler_of(participants, training))
+
+
+def check_correlation(plan: PrivacyPlan, rule: AggregationRule) -> None:
+    """Refuses correlated noise that could not take off what was added before.
+
+    Raises:
+        UserError: the rule sends other things in other rounds, or in other coordinates.
+    """
+    if plan.correlation is None or plan.correlation.bands == 1:
+        return
+    if len(rule.phases) > 1 or rule.new_coordinates:
+        raise UserError(
+            f"{plan.correlation.name} noise takes off what was added before, and rule "
+            f"{rule.name!r} sends something else, or in other coordinates, each round; use noise "
+            '"gaussian", or a rule such as ffa'
+        )
+
+
+def check_integer(plan: PrivacyPlan, done: IntegerMechanism, clients: int, hidden: bool) -> None:
+    """Refuses integer noise that is not what the plan accounts for.
+
+    Args:
+        plan: what is promised; with integer noise.
+        done: what the messages of the run amount to.
+        clients: that send.
+        hidden: whether the sum hides single messages.
+
+    Raises:
+        Refused: shares that are not enough for what the server reads, or other than planned.
+    """
+    if done != plan.integer:
+        raise Refused(
+            f"messages are noised by {done}, the plan accounts for {plan.integer}; its epsilon "
+            "would be wrong"
+        )
+    if done.shares.clients != clients:
+        raise Refused(
+            f"the noise is planned for {done.shares.clients} clients, there are {clients}"
+        )
+    if plan.trust == "distributed" and not hidden:
+        raise Refused(
+            "with the plain sum the server reads each message under its own share of the noise, "
+            'which is too little; choose an encrypted sum, or trust "local"'
+        )
+    if plan.trust == "local" and done.shares.counted != 1:
+        raise Refused(
+            f'with trust "local" each share is the whole noise, and these are 1/'
+            f"{done.shares.counted} of it; count {clients - 1} dropouts"
+        )

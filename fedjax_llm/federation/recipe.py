@@ -13,6 +13,7 @@ from fedjax_llm.aggregation.attacks import Attack
 from fedjax_llm.aggregation.robust import Combine, GroupRobust
 from fedjax_llm.federation.cohort import RowLossOfBase
 from fedjax_llm.federation.layout import CohortLayout
+from fedjax_llm.privacy import AdaptiveClip, Correlation
 from fedjax_llm.training import LocalTraining
 
 PyTree = Any
@@ -25,11 +26,15 @@ class Global(NamedTuple):
         server: adapter, optimiser and memory of the rule.
         control: the global control variate of each phase; () without SCAFFOLD.
         combine: memory of a robust combination; () for most.
+        noise: what correlated noise keeps; () without.
+        clip: the adaptive clip norm of messages; () without.
     """
 
     server: ServerState
     control: tuple[PyTree, ...]
     combine: PyTree
+    noise: PyTree = ()
+    clip: PyTree = ()
 
 
 class Applied(NamedTuple):
@@ -89,7 +94,12 @@ class Recipe:
         clouds: the cloud of each client; clients of one are summed before anything leaves it.
         attackers: of a simulation with malicious clients, or None.
         server_noise_stddev: standard deviation of the Gaussian noise that the server adds to each
-            coordinate of the *sum*; 0 where the clients' messages are private already.
+            coordinate of the *sum*; 0 where the clients' messages are private already. With an
+            adaptive clip norm in units of that norm.
+        server_noise: how the server's noise of different rounds hangs together; None is independent
+            noise.
+        adaptive: the clip norm of messages follows a private quantile; None keeps it.
+        expected: clients expected to take part in a round, a public number.
         sums_weights: whether weights are summed before messages are sent.
         measures_error: whether the aggregation error is measured.
     """
@@ -105,6 +115,9 @@ class Recipe:
     clouds: tuple[int, ...]
     attackers: Attackers | None
     server_noise_stddev: float
+    server_noise: Correlation | None
+    adaptive: AdaptiveClip | None
+    expected: float
     sums_weights: bool
     measures_error: bool
 

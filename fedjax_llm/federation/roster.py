@@ -13,7 +13,7 @@ from fedjax_llm.federation.keys import Purpose, key_for
 from fedjax_llm.federation.layout import CohortLayout
 from fedjax_llm.federation.tables import Participant, client_tables, clouds_of
 from fedjax_llm.privacy import PrivacyPlan, poisson_sample
-from fedjax_llm.privacy.plan import Weights as WeightKind
+from fedjax_llm.privacy.weights import Weights as WeightKind
 from fedjax_llm.training import LocalTraining
 
 
@@ -111,12 +111,15 @@ class Roster:
         return [name for cloud, name in enumerate(self.names) if cloud in here]
 
     def selected(self, number: int) -> NDArray[np.bool_]:
-        """Which clients take part: all, or a Poisson sample when the unit is the client."""
-        count = len(self.participants)
-        if self._plan.unit != "client" or self._plan.sampler.kind == "full":
+        """Which clients take part: all, or those due and sampled when the unit is the client."""
+        count, sampler = len(self.participants), self._plan.sampler
+        if self._plan.unit != "client":
             return np.ones(count, dtype=bool)
+        due_K = np.arange(count) % sampler.period == (number - 1) % sampler.period
+        if sampler.kind == "full":
+            return due_K
         key = key_for(self._seed, Purpose.CLIENT_SAMPLING, number)
-        indices_K, chosen = poisson_sample(key, count, self._plan.sampler.rates[0], count)
+        indices_K, chosen = poisson_sample(key, count, sampler.rates[0], count, due_K)
         selected_K = np.zeros(count, dtype=bool)
         selected_K[np.asarray(indices_K)[: int(chosen)]] = True
         return selected_K
@@ -135,23 +138,27 @@ class Roster:
             divisor = float(online_K.sum()) * self.by_loss.ordinary
         if self._plan.unit == "client":
             # The expected number, not the realised one, which the guarantee does not cover.
-            divisor *= self._plan.sampler.rates[0]
+            divisor *= self._plan.sampler.rates[0] / self._plan.sampler.period
         return divisor
 
-    def inputs(self, own: ClientState, participates_K: NDArray[np.bool_]) -> ClientInputs:
+    def inputs(
+        self, own: ClientState, participates_K: NDArray[np.bool_], online_K: NDArray[np.bool_]
+    ) -> ClientInputs:
         """What the programs need of each client in a round.
 
         Args:
             own: what the clients carry, leaves [K, ...].
             participates_K: whose messages enter the sum.
+            online_K: who can be reached.
         """
         arrays = (
             np.arange(len(self.participants), dtype=np.int32),
             self._beforehand_K,
             participates_K,
+            online_K,
             np.array(self.ranks, np.int32),
             self._steps_K,
         )
-        place, weight, participates, rank, steps = self._layout.shard(arrays)
+        place, weight, participates, online, rank, steps = self._layout.shard(arrays)
         state = self._layout.shard(jax.device_get(own))
-        return ClientInputs(place, self._tables, state, weight, participates, rank, steps)
+        return ClientInputs(place, self._tables, state, weight, participates, online, rank, steps)

@@ -88,6 +88,10 @@ class Server:
         round_ = self.round_of(state, seed, number)
         present_K, ranks_K = recipe.layout.gathered((clients.participates, clients.rank))
 
+        noise_P, noise = jnp.float32(0), state.noise
+        if recipe.server_noise_stddev > 0:
+            noise_P, noise = barrier(self._noise(state.noise, codec.size, seed, number))
+
         def applied_by(rule: AggregationRule, round_: Round) -> tuple[ServerState, PyTree, PyTree]:
             memory = state.combine
             if recipe.combine is not None:
@@ -108,9 +112,11 @@ class Server:
                 mean = jax.tree.map(lambda leaf_K: jnp.tensordot(shares_K, leaf_K, 1), uploads_K)
                 return after, memory, mean
             sum_P = codec.decode(total)
+            # Noise has the unit of the sum: of one message's largest norm.
             if recipe.server_noise_stddev > 0:
-                key = key_for(seed, Purpose.SERVER_NOISE, number)
-                sum_P = sum_P + gaussian_noise_like(key, sum_P, recipe.server_noise_stddev)
+                sum_P = sum_P + noise_P
+            if state.clip:
+                sum_P = sum_P * state.clip.clip_norm
             mean = barrier(codec.unravel(sum_P * inverse))
             return rule.apply(round_, mean.message, public), memory, mean
 
@@ -132,8 +138,37 @@ class Server:
             truth = mean_product(recipe.rule, state.server, after_K, shares_K)
             error = aggregation_error(truth, state.server, aggregated)
         return Applied(
-            Global(server, control, memory), jnp.sqrt(jnp.sum(jnp.stack(squares))), error
+            Global(server, control, memory, noise, self._next_clip(total, state, seed, number)),
+            jnp.sqrt(jnp.sum(jnp.stack(squares))),
+            error,
         )
+
+    def _noise(
+        self, state: PyTree, size: int, seed: jax.Array, number: jax.Array
+    ) -> tuple[jax.Array, PyTree]:
+        """The noise on the sum, float32 [P], and what it keeps."""
+        like_P = jax.ShapeDtypeStruct((size,), jnp.float32)
+
+        def draw(index: jax.Array) -> jax.Array:
+            key = key_for(seed, Purpose.SERVER_NOISE, index + jnp.int32(1))
+            return gaussian_noise_like(key, like_P, self._recipe.server_noise_stddev)
+
+        index = number - jnp.int32(1)
+        if self._recipe.server_noise is None:
+            return draw(index), state
+        return self._recipe.server_noise.next(index, draw, state)
+
+    def _next_clip(
+        self, total_P: jax.Array, state: Global, seed: jax.Array, number: jax.Array
+    ) -> PyTree:
+        """The adaptive clip norm of the next round, from the noised count of messages within it."""
+        recipe = self._recipe
+        if recipe.adaptive is None:
+            return ()
+        key = key_for(seed, Purpose.COUNT_NOISE, number)
+        noise = jnp.float32(recipe.adaptive.count_stddev) * jax.random.normal(key, (), jnp.float32)
+        count = self._codecs[-1].count(total_P) + noise
+        return recipe.adaptive.update(state.clip, count, recipe.expected)
 
     def _group_counts(self, present_K: jax.Array) -> jax.Array:
         groups = self._recipe.groups

@@ -13,6 +13,7 @@ from fedjax_llm.federation.keys import Purpose, key_for
 from fedjax_llm.federation.recipe import Global
 from fedjax_llm.lora import Adapter, LoraConfig, init_adapter
 from fedjax_llm.models import DecoderConfig
+from fedjax_llm.privacy import AdaptiveClip, Correlation
 from fedjax_llm.training import LocalTraining, optimizer_init
 
 PyTree = Any
@@ -27,6 +28,8 @@ class FederationState(NamedTuple):
         clients: what the clients carry, leaves [K, ...] in their order.
         control: the global control variate of each phase; () without SCAFFOLD.
         combine: memory of a robust combination; () for most.
+        noise: what the server's correlated noise keeps; () without.
+        clip: the adaptive clip norm of messages; () without.
     """
 
     round: jax.Array
@@ -34,11 +37,13 @@ class FederationState(NamedTuple):
     clients: ClientState
     control: tuple[PyTree, ...] = ()
     combine: PyTree = ()
+    noise: PyTree = ()
+    clip: PyTree = ()
 
     @property
     def globals(self) -> Global:
         """What the server holds."""
-        return Global(self.server, self.control, self.combine)
+        return Global(self.server, self.control, self.combine, self.noise, self.clip)
 
 
 def init_state(
@@ -49,6 +54,8 @@ def init_state(
     seed: jax.Array,
     clients: int,
     combine: Combine | GroupRobust | None = None,
+    server_noise: Correlation | None = None,
+    adaptive: AdaptiveClip | None = None,
 ) -> FederationState:
     """Returns the state before the first round, a function of its arguments alone."""
     server = rule.init(init_adapter(config, lora, key_for(seed, Purpose.ADAPTER_INIT)))
@@ -64,18 +71,30 @@ def init_state(
         ),
         kept,
         control,
+        _noise_of(training, phases[0]),
+        () if training.privacy is None else training.privacy.clip_state(),
     )
-    memory: PyTree = ()
-    if combine is not None:
-        message = rule.messages(server, 0)[0][0]
-        memory = combine.init(sum(leaf.size for leaf in jax.tree.leaves(message)))
+    message = rule.messages(server, 0)[0][0]
+    size = sum(leaf.size for leaf in jax.tree.leaves(message))
+    memory = () if combine is None else combine.init(size)
+    noise = () if server_noise is None else server_noise.init(jnp.zeros((size,), jnp.float32))
     return FederationState(
         jnp.int32(0),
         server,
         jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (clients, *jnp.shape(leaf))), client),
         control,
         memory,
+        noise,
+        () if adaptive is None else adaptive.init(),
     )
+
+
+def _noise_of(training: LocalTraining, part: PyTree) -> PyTree:
+    """What a client's correlated noise keeps; rules with it have one phase."""
+    privacy = training.privacy
+    if privacy is None or privacy.correlation is None:
+        return ()
+    return privacy.correlation.init(part)
 
 
 def adapter_of(rule: AggregationRule, state: FederationState, client: int | None) -> Adapter:

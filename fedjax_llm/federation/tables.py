@@ -1,12 +1,14 @@
 """The clouds and their rows, laid out for the batched program."""
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import NDArray
 
 from fedjax_llm.clouds import Cloud
 from fedjax_llm.data import Corpus
@@ -98,8 +100,10 @@ def sampler_of(participants: Sequence[Participant], training: LocalTraining) -> 
     """What local training really does, for the accountant to compare with its plan."""
     if training.privacy is None:
         return SamplerSpec("fixed", (), training.steps)
-    rates = tuple(training.batch_size / participant.rows for participant in participants)
-    return SamplerSpec("full" if set(rates) == {1.0} else "poisson", rates, training.steps)
+    period = training.privacy.period
+    rates = tuple(training.batch_size * period / participant.rows for participant in participants)
+    kind: Literal["full", "poisson"] = "full" if set(rates) == {1.0} else "poisson"
+    return SamplerSpec(kind, rates, training.steps, period)
 
 
 def client_tables(participants: Sequence[Participant], training: LocalTraining) -> ClientTable:
@@ -116,7 +120,25 @@ def client_tables(participants: Sequence[Participant], training: LocalTraining) 
     rows = jax.tree.map(stack, *[participant.train for participant in participants])
     # From the sampler's own description, so that what is drawn is what is accounted for.
     rates = sampler_of(participants, training).rates or (0.0,) * len(sizes)
-    return ClientTable(rows, jnp.asarray(sizes, jnp.int32), jnp.asarray(rates, jnp.float32))
+    table = ClientTable(rows, jnp.asarray(sizes, jnp.int32), jnp.asarray(rates, jnp.float32))
+    if training.privacy is None or training.privacy.period == 1:
+        return table
+    turns = [_turns(participant, training.privacy.period) for participant in participants]
+    padded = [np.pad(own, (0, max(sizes) - len(own))) for own in turns]
+    return table._replace(turns=jnp.asarray(np.stack(padded), jnp.int32))
+
+
+def _turns(participant: Participant, period: int) -> NDArray[np.int32]:
+    """In which step of every period a row's turn is, by a hash of the row alone.
+
+    Its place among the others would not do: it would change when another row is added.
+    """
+    leaves = jax.tree.leaves(participant.train)
+    digests = (
+        hashlib.blake2b(b"".join(np.ascontiguousarray(leaf[i]).tobytes() for leaf in leaves))
+        for i in range(participant.rows)
+    )
+    return np.array([int.from_bytes(d.digest()[:8], "little") % period for d in digests], np.int32)
 
 
 def check_participants(

@@ -30,6 +30,7 @@ class WireSizes:
         control: whether control variates travel too.
         weighs: whether weights are summed first.
         apart: whether each client's message leaves its cloud by itself.
+        counts: whether a count of messages within the clip norm travels too, and the norm back.
     """
 
     rule: AggregationRule
@@ -39,6 +40,7 @@ class WireSizes:
     control: bool
     weighs: bool
     apart: bool
+    counts: bool = False
 
     def up(self, phase: int, cloud: int, online: Sequence[bool]) -> int:
         """What a cloud sends under a plain sum."""
@@ -49,6 +51,8 @@ class WireSizes:
             numbers += self._control(phase)
         if self.weighs and members:
             numbers += WeightCodec.LIMBS
+        if self.counts and members:
+            numbers += 1
         return _BYTES * numbers
 
     def down(self, phase: int, cloud: int, online: Sequence[bool]) -> int:
@@ -63,8 +67,7 @@ class WireSizes:
         numbers += sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(answers))
         if self.control:
             numbers += self._control(phase)
-        if self.weighs:
-            numbers += 1
+        numbers += self.weighs + self.counts
         return _BYTES * numbers
 
     def _members(self, cloud: int, online: Sequence[bool]) -> list[int]:

@@ -3,6 +3,7 @@
 import functools
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 # A noise multiplier below this gives epsilons in the hundreds per step and distributions that do
@@ -19,21 +20,35 @@ def _interval(noise_multiplier: float) -> float:
 
 
 @functools.lru_cache(maxsize=64)
-def _step_pld(rate: float, noise_multiplier: float, interval: float) -> Any:
+def _step_pld(rate: float, noise_multiplier: float, interval: float, replace: bool) -> Any:
+    from dp_accounting import NeighboringRelation
     from dp_accounting.pld import privacy_loss_distribution as pld
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # overflow in far tails, which the bound accounts for
         return pld.from_gaussian_mechanism(
-            noise_multiplier, sampling_prob=rate, value_discretization_interval=interval
+            noise_multiplier,
+            sampling_prob=rate,
+            value_discretization_interval=interval,
+            neighboring_relation=(
+                NeighboringRelation.REPLACE_ONE
+                if replace
+                else NeighboringRelation.ADD_OR_REMOVE_ONE
+            ),
         )
 
 
 @functools.lru_cache(maxsize=4096)
 def epsilon(
-    rate: float, noise_multiplier: float, steps: int, delta: float, interval: float | None = None
+    rate: float,
+    noise_multiplier: float,
+    steps: int,
+    delta: float,
+    interval: float | None = None,
+    *,
+    replace: bool = False,
 ) -> float:
-    """Epsilon of `steps` Poisson-sampled Gaussian mechanisms, for adding or removing one unit.
+    """Epsilon of `steps` Poisson-sampled Gaussian mechanisms, for one unit more or less.
 
     Formal guarantee: an upper bound on the true epsilon at `delta` for rates below one
     (pessimistic PLD with connected dots, arXiv:2207.04380, up to the float64 rounding of its
@@ -52,6 +67,8 @@ def epsilon(
         steps: how many mechanisms are composed.
         delta: in (0, 1).
         interval: bucket width of the discretised loss; smaller is tighter and slower.
+        replace: for one unit replaced by another, where the noise multiplier is still that of one
+            unit more or less.
     """
     if steps == 0 or rate == 0:
         return 0.0
@@ -60,27 +77,31 @@ def epsilon(
     if rate >= 1:
         from dp_accounting.gaussian_mechanism import get_epsilon_gaussian
 
-        return float(get_epsilon_gaussian(noise_multiplier / math.sqrt(steps), delta))
-    one = _step_pld(rate, noise_multiplier, interval or _interval(noise_multiplier))
+        apart = 2 if replace else 1
+        return float(get_epsilon_gaussian(noise_multiplier / (apart * math.sqrt(steps)), delta))
+    one = _step_pld(rate, noise_multiplier, interval or _interval(noise_multiplier), replace)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         composed = one if steps == 1 else one.self_compose(steps)
         return float(composed.get_epsilon_for_delta(delta))
 
 
-@functools.lru_cache(maxsize=256)
-def noise_multiplier_for(target: float, rate: float, steps: int, delta: float) -> float | None:
+def least_noise(epsilon_of: Callable[[float, float | None], float], target: float) -> float | None:
     """Smallest noise multiplier, to a relative 10^-3, whose epsilon is at most `target`.
 
     The search runs on a coarser discretisation, whose epsilons are upper bounds too; the result
     is checked at full resolution.
+
+    Args:
+        epsilon_of: epsilon of a noise multiplier at a bucket width, as `epsilon` takes it.
+        target: above zero.
 
     Returns:
         The noise multiplier, or None when 10^4 is not enough.
     """
 
     def coarse(noise: float) -> float:
-        return epsilon(rate, noise, steps, delta, max(1e-3, _interval(noise)))
+        return epsilon_of(noise, max(1e-3, _interval(noise)))
 
     low, high = MIN_NOISE_MULTIPLIER, 1.0
     while coarse(high) > target:
@@ -93,6 +114,6 @@ def noise_multiplier_for(target: float, rate: float, steps: int, delta: float) -
             low = middle
         else:
             high = middle
-    while epsilon(rate, high, steps, delta) > target:
+    while epsilon_of(high, None) > target:
         high *= 1.001
     return high

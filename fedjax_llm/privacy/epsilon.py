@@ -34,8 +34,9 @@ class EpsilonReport:
 
 @dataclass(frozen=True)
 class EpsilonRow:
-    """One cell of `PrivacyPlan.epsilon_table`."""
+    """One cell of `PrivacyPlan.epsilon_table`; the rate is the largest of the clouds'."""
 
     noise_multiplier: float
     rounds: int
     report: EpsilonReport
+    rate: float = 1.0

@@ -8,29 +8,17 @@ from typing import Any, Literal, get_args
 
 from fedjax_llm.errors import Refused, UserError
 
-from . import accounting
+from . import accounting, refusals
+from .clipping import AdaptiveClip
+from .correlated import Correlation
 from .epsilon import EpsilonReport, EpsilonRow
+from .integer_mechanism import IntegerMechanism
 from .sampler import SamplerSpec, Unit
+from .statement import statement
+from .weights import Weights
 
-Weights = Literal["uniform", "examples", "tokens", "loss", "loss-bounded", "result"]
-
-# What each way to weigh clients follows from, where that is not public or noised.
-_UNCERTIFIED = {
-    ("client", "examples"): "weights by number of examples depend on the data of the client",
-    ("client", "tokens"): "weights by number of tokens depend on the data of the client",
-    ("client", "loss"): "weights by loss have no bound and depend on the data of the client",
-    ("client", "result"): "weights by the norm of a result have no bound and depend on the client",
-    ("example", "tokens"): "weights by number of tokens follow from the examples without noise",
-    ("example", "loss"): "weights by loss follow from the examples without noise",
-    ("example", "loss-bounded"): "weights by loss follow from the examples without noise",
-}
-
-
-def check_weights(unit: Unit, weights: Weights) -> None:
-    """Refuses weights that follow from what a unit is to hide; see `PrivacyPlan`."""
-    if (why := _UNCERTIFIED.get((unit, weights))) is not None:
-        cure = "loss-bounded" if unit == "client" else "examples"
-        raise Refused(f"{why} that unit {unit} is to hide; use uniform or {cure} weights")
+Trust = Literal["local", "central", "distributed"]
+Adjacency = Literal["add-remove", "replace"]
 
 
 @dataclass(frozen=True)
@@ -38,17 +26,22 @@ class PrivacyPlan:
     """What a run promises about one privacy unit, and what it must do to keep the promise.
 
     Formal guarantee: if every mechanism of the run is the one described here (the sampler of
-    `sampler`, contributions of l2 norm at most `clip_norm`, Gaussian noise of standard deviation
-    `noise_stddev` on their sum), what `statement` says is released after r rounds is
-    (`epsilon(r)`, `delta`)-differentially private for adding or removing one unit, in real
-    arithmetic. A plan for which that cannot be certified cannot be made: the constructor refuses.
+    `sampler`, contributions of l2 norm at most `clip_norm`, noise of standard deviation
+    `noise_stddev` on their sum, hanging together over the steps as `correlation` says), what
+    `statement` says is released after r rounds is (`epsilon(r)`, `delta`)-differentially private
+    for neighbours by `adjacency`, in real arithmetic. A plan for which that cannot be certified
+    cannot be made: the constructor refuses.
 
     - unit "example": every local step of cloud c Poisson-samples its examples at rate
       q_c = expected batch / N_c, clips each example's gradient, sums, adds noise, and divides by
       the expected batch, a public constant. N_c is public and does not change between neighbours.
       Clouds hold disjoint examples, so epsilon is the largest over the clouds.
-    - unit "client": the whole update of a cloud is clipped; noise is added to the sum over clouds
-      and the result divided by the expected number of clouds.
+    - unit "user": the same with one user's examples in one cloud in place of one example: what is
+      clipped is the gradient of the user's mean loss.
+    - unit "client": the whole update of a client is clipped; noise is added to the sum over clients
+      and the result divided by their expected number. Who adds it is the trust: "central", the
+      server after the sum; "distributed", the clients together, integers before the sum, so that
+      the server never sees it without; "local", each client the whole of it.
     - unit "none": nothing is promised; clip norm and noise are not used.
 
     | plan                                            | outcome   |
@@ -58,17 +51,28 @@ class PrivacyPlan:
     | noise multiplier above 0 without a unit         | UserError |
     | delta outside (0, 1 / number of units)          | Refused   |
     | clip norm not positive and finite, with a unit  | UserError |
+    | clip norm chosen by looking at the data         | Refused   |
     | unit "client" weighted by examples, tokens, loss or result | Refused |
     | unit "example" weighted by tokens or loss, bounded or not | Refused |
-    | unit "example" with packed rows                 | Refused   |
+    | unit "user" weighted by examples, tokens or loss | Refused |
+    | unit "example" or "user" with packed rows       | Refused   |
+    | unit "client" with error feedback after the clip | Refused  |
+    | trust that the unit cannot have                 | UserError |
+    | neighbours by replacement with turns, correlated or integer noise | Refused |
+    | adaptive clip norm with correlated or integer noise, or replacement | UserError |
+    | adaptive clip norm whose count costs more than the whole | UserError |
     | noise multiplier below 0.05                     | a plan whose reports give no epsilon |
+    | correlated noise that reaches a unit's next turn, sampled at random | no amplification is \
+counted |
+    | integer noise, clients sampled at random        | no amplification is counted |
+    | budget below the epsilon of one round           | Refused   |
 
     Attributes:
         unit: whose participation is hidden.
         sampler: what the accountant assumes of the training code; see `check_sampler`.
         rounds: rounds planned; at least one.
-        units: number of privacy units: per cloud for unit "example", the number of clouds (in
-            one entry) for "client"; empty for "none".
+        units: number of privacy units: per cloud for units "example" and "user", the number of
+            clients (in one entry) for "client"; empty for "none".
         clip_norm: l2 bound on a unit's contribution to one sum, and so the sum's sensitivity.
         noise_multiplier: standard deviation of the noise over `clip_norm`.
         delta: probability left outside the guarantee.
@@ -81,6 +85,15 @@ class PrivacyPlan:
             noised update, which is private with unit "example", and has no bound, which unit
             "client" would need.
         packed: whether a row of training data may hold several examples.
+        correlation: how the noise of different steps hangs together; None is independent noise.
+        trust: who adds the noise; by the unit if None.
+        adjacency: "add-remove" a unit, or "replace" one, which is twice as far apart.
+        adaptive: the clip norm follows a private quantile, beginning with `clip_norm`, and
+            `noise_multiplier` is that of sum and count together; None keeps the clip norm.
+        integer: noise on the integers of a secure sum, for trust "distributed" and "local".
+        error_feedback: whether what a compressor dropped after the clip is added to later messages.
+        clip_norm_from: "public", or "data" where the clip norm was tuned on the private data.
+        budget: epsilon that the run may not exceed: it stops before; None is no budget.
     """
 
     unit: Unit
@@ -92,60 +105,47 @@ class PrivacyPlan:
     delta: float = 0.0
     weights: Weights = "uniform"
     packed: bool = False
+    correlation: Correlation | None = None
+    trust: Trust | None = None
+    adjacency: Adjacency = "add-remove"
+    adaptive: AdaptiveClip | None = None
+    integer: IntegerMechanism | None = None
+    error_feedback: bool = False
+    clip_norm_from: Literal["public", "data"] = "public"
+    budget: float | None = None
 
     def __post_init__(self) -> None:
-        if self.unit not in get_args(Unit):
-            raise UserError(f"privacy unit must be none, example or client; got {self.unit}")
-        if self.weights not in get_args(Weights):
-            raise UserError(
-                f"weights must be one of {', '.join(get_args(Weights))}; got {self.weights}"
-            )
+        for name, kinds in (("unit", Unit), ("weights", Weights), ("adjacency", Adjacency)):
+            if getattr(self, name) not in get_args(kinds):
+                raise UserError(
+                    f"{'privacy unit' if name == 'unit' else name} must be one of "
+                    f"{', '.join(get_args(kinds))}; got {getattr(self, name)}"
+                )
         if self.rounds < 1:
             raise UserError(f"rounds must be at least 1, got {self.rounds}")
+        if self.trust is None:
+            object.__setattr__(self, "trust", "central" if self.unit == "client" else "local")
         if self.unit == "none":
             if self.noise_multiplier != 0:
                 raise UserError(
                     f"noise multiplier {self.noise_multiplier:g} without a privacy unit promises "
                     "nothing; set the unit to example or client, or the noise to 0"
                 )
+            if self.budget is not None:
+                raise UserError(
+                    f"budget {self.budget:g} without a privacy unit would never be spent; set the "
+                    "unit to example, user or client, or leave the budget out"
+                )
             return
         if not 0 < self.clip_norm < math.inf:
             raise UserError(f"clip_norm must be positive and finite, got {self.clip_norm:g}")
         if any(count < 1 for count in self.units) or not self.units:
             raise UserError(f"every cloud needs at least one {self.unit}, got {self.units}")
-        self._refuse()
-
-    def _refuse(self) -> None:
-        unit, total = self.unit, sum(self.units)
-        if self.sampler.kind == "fixed":
+        refusals.check(self)
+        if self.budget is not None and not self.allowed_rounds:
             raise Refused(
-                f"fixed-size batches cannot be accounted as Poisson samples for unit {unit}; "
-                "use the poisson sampler or full participation"
-            )
-        if not 0 < self.noise_multiplier < math.inf:
-            raise Refused(
-                f"noise multiplier {self.noise_multiplier:g} certifies no epsilon for unit {unit}; "
-                'make it positive and finite, or ask for no privacy with unit "none"'
-            )
-        if not 0 < self.delta < 1 / total:
-            raise Refused(
-                f"delta must be above 0 and below 1/{total} (one over the number of {unit}s), "
-                f"got {self.delta:g}: a larger one allows publishing a whole {unit}"
-            )
-        check_weights(unit, self.weights)
-        if unit == "client" and (len(self.units) != 1 or len(self.sampler.rates) != 1):
-            raise UserError("unit client takes one number of clients and one sampling rate")
-        if unit == "client" and self.sampler.steps_per_round != 1:
-            raise UserError("unit client sums once per round; steps per round must be 1")
-        if unit == "example" and len(self.units) != len(self.sampler.rates):
-            raise UserError(
-                f"unit example needs one sampling rate for each cloud, got "
-                f"{len(self.sampler.rates)} for {len(self.units)} clouds"
-            )
-        if unit == "example" and self.packed:
-            raise Refused(
-                "a packed row holds several examples and clipping it bounds none of them alone; "
-                "switch packing off with unit example"
+                f"the budget of epsilon {self.budget:g} does not allow one round, which costs "
+                f"{self.report(1)}; raise it, or the noise multiplier"
             )
 
     @classmethod
@@ -164,45 +164,51 @@ class PrivacyPlan:
         clip_norm: float,
         noise_multiplier: float,
         delta: float,
-        weights: Weights = "uniform",
-        packed: bool = False,
+        unit: Literal["example", "user"] = "example",
+        period: int = 1,
+        **settings: Any,
     ) -> "PrivacyPlan":
-        """The plan of clouds that each run DP-SGD on their own examples.
+        """The plan of clouds that each run DP-SGD on their own examples, or users.
 
         Args:
-            examples: N_c, the number of training examples of each cloud (public).
+            examples: N_c, the number of training examples (or users) of each cloud (public).
             expected_batch: mean size of the Poisson sample of one step, the same in every cloud.
             steps_per_round: local steps per round.
             rounds: rounds planned.
             clip_norm: l2 bound on one example's gradient.
             noise_multiplier: noise over `clip_norm`, on the sum of one step.
             delta: see `PrivacyPlan`.
-            weights: see `PrivacyPlan`.
-            packed: see `PrivacyPlan`.
+            unit: what one of the N_c is.
+            period: a turn comes to each every so many steps; see `SamplerSpec`.
+            settings: further attributes of `PrivacyPlan`.
 
         Raises:
-            UserError: a cloud has no example or fewer than the expected batch; as `PrivacyPlan`.
+            UserError: a cloud has no example or fewer than the expected batch in one of its
+                groups; as `PrivacyPlan`.
             Refused: as `PrivacyPlan`.
         """
         if any(count < 1 for count in examples) or not examples:
-            raise UserError(f"every cloud needs at least one example, got {tuple(examples)}")
-        if not 0 < expected_batch <= min(examples):
+            raise UserError(f"every cloud needs at least one {unit}, got {tuple(examples)}")
+        if period < 1:
+            raise UserError(f"the period of sampling must be at least 1, got {period}")
+        most = min(examples) / period
+        if not 0 < expected_batch <= most:
+            among = f" divided by the period {period}" if period > 1 else ""
             raise UserError(
-                f"expected batch must be above 0 and at most {min(examples)}, the examples of the "
-                f"smallest cloud, got {expected_batch:g}: a sampling rate cannot exceed 1"
+                f"expected batch must be above 0 and at most {most:g}, the {unit}s of the "
+                f"smallest cloud{among}, got {expected_batch:g}: a sampling rate cannot exceed 1"
             )
-        rates = tuple(expected_batch / count for count in examples)
+        rates = tuple(expected_batch * period / count for count in examples)
         kind: Literal["full", "poisson"] = "full" if set(rates) == {1.0} else "poisson"
         return cls(
-            unit="example",
-            sampler=SamplerSpec(kind, rates, steps_per_round),
+            unit=unit,
+            sampler=SamplerSpec(kind, rates, steps_per_round, period),
             rounds=rounds,
             units=tuple(examples),
             clip_norm=clip_norm,
             noise_multiplier=noise_multiplier,
             delta=delta,
-            weights=weights,
-            packed=packed,
+            **settings,
         )
 
     @classmethod
@@ -215,18 +221,21 @@ class PrivacyPlan:
         noise_multiplier: float,
         delta: float,
         rate: float = 1.0,
-        weights: Weights = "uniform",
+        period: int = 1,
+        **settings: Any,
     ) -> "PrivacyPlan":
-        """The plan of a server that adds noise to the sum of clipped updates.
+        """The plan of noise on the sum of clipped updates.
 
         Args:
-            clients: number of clouds that may take part.
+            clients: number of clients that may take part.
             rounds: rounds planned.
             clip_norm: l2 bound on one cloud's update.
             noise_multiplier: noise over `clip_norm`, on the sum of one round.
             delta: see `PrivacyPlan`.
-            rate: probability with which a cloud takes part in a round; 1 is full participation.
-            weights: see `PrivacyPlan`.
+            rate: probability with which a client takes part in a round in which it is its turn; 1
+                is full participation.
+            period: a turn comes to each client every so many rounds; see `SamplerSpec`.
+            settings: further attributes of `PrivacyPlan`.
 
         Raises:
             UserError: as `PrivacyPlan` and `SamplerSpec`.
@@ -234,35 +243,51 @@ class PrivacyPlan:
         """
         return cls(
             unit="client",
-            sampler=SamplerSpec("full" if rate == 1.0 else "poisson", (rate,)),
+            sampler=SamplerSpec("full" if rate == 1.0 else "poisson", (rate,), period=period),
             rounds=rounds,
             units=(clients,),
             clip_norm=clip_norm,
             noise_multiplier=noise_multiplier,
             delta=delta,
-            weights=weights,
+            **settings,
         )
 
     @property
+    def steps(self) -> int:
+        """Mechanisms of the planned rounds, whoever's turn it is."""
+        return self.rounds * self.sampler.steps_per_round
+
+    @property
     def sensitivity(self) -> float:
-        """l2 change of one sum when one unit is added or removed; inf without a unit."""
-        return self.clip_norm if self.unit != "none" else math.inf
+        """l2 change of one sum when one unit is added, removed or replaced; inf without a unit."""
+        if self.unit == "none":
+            return math.inf
+        return self.clip_norm * (2 if self.adjacency == "replace" else 1)
 
     @property
     def noise_stddev(self) -> float:
-        """Standard deviation of each coordinate of the noise on a sum (not on a mean)."""
-        return self.noise_multiplier * self.clip_norm if self.unit != "none" else 0.0
+        """Standard deviation of each coordinate of the noise on a sum (not on a mean).
+
+        With correlated noise that of the independent draws which it is made of, with an adaptive
+        clip norm that of the first step.
+        """
+        if self.unit == "none":
+            return 0.0
+        if self.adaptive is not None:
+            return self.adaptive.sum_noise_multiplier(self.noise_multiplier) * self.clip_norm
+        return self.noise_multiplier * self.clip_norm
 
     @property
     def expected_sizes(self) -> tuple[float, ...]:
-        """What the noised sum is divided by: q_c N_c per cloud, or q times the clients.
+        """What the noised sum is divided by: q_c N_c / b per cloud, or q / b times the clients.
 
         Public constants; dividing by the realised size would release it. Empty without a unit.
         """
         if self.unit == "none":
             return ()
         return tuple(
-            rate * count for rate, count in zip(self.sampler.rates, self.units, strict=True)
+            rate * count / self.sampler.period
+            for rate, count in zip(self.sampler.rates, self.units, strict=True)
         )
 
     def check_sampler(self, actual: SamplerSpec) -> None:
@@ -294,11 +319,17 @@ class PrivacyPlan:
         rounds = self._checked(rounds)
         if self.unit == "none":
             return dp.NonPrivateDpEvent()
+        steps = rounds * self.sampler.steps_per_round
+        if steps == 0:
+            return dp.NoOpDpEvent()
+        if self.integer is not None:
+            return self.integer.event(self.noise_multiplier, steps)
         rate = max(self.sampler.rates) if cloud is None else self.sampler.rates[cloud]
-        step: Any = dp.GaussianDpEvent(self.noise_multiplier)
+        rate, noise, count = self._gaussians(rate, steps)
+        step: Any = dp.GaussianDpEvent(noise)
         if rate < 1:
             step = dp.PoissonSampledDpEvent(rate, step)
-        return dp.SelfComposedDpEvent(step, rounds * self.sampler.steps_per_round)
+        return dp.SelfComposedDpEvent(step, count)
 
     def _checked(self, rounds: int | None) -> int:
         rounds = self.rounds if rounds is None else rounds
@@ -306,9 +337,23 @@ class PrivacyPlan:
             raise UserError(f"rounds must be zero or more, got {rounds}")
         return rounds
 
-    def _epsilon(self, rate: float, rounds: int) -> float:
-        steps = rounds * self.sampler.steps_per_round
-        return accounting.epsilon(rate, self.noise_multiplier, steps, self.delta)
+    def _gaussians(self, rate: float, steps: int) -> tuple[float, float, int]:
+        """Rate, noise multiplier and number of the Gaussian mechanisms that the steps amount to."""
+        period = self.sampler.period
+        if self.correlation is None or self.correlation.bands <= period:
+            return rate, self.noise_multiplier, self.sampler.turns(steps)
+        # Sampling at random only takes participations away (the guarantee holds for each outcome of
+        # it); that it also hides is certified for no noise that reaches the unit's next turn.
+        return 1.0, self.noise_multiplier / self.correlation.sensitivity(period, steps), 1
+
+    def _epsilon(self, rate: float, steps: int, interval: float | None = None) -> float:
+        if steps == 0:
+            return 0.0
+        if self.integer is not None:
+            return self.integer.epsilon(self.noise_multiplier, steps, self.delta)
+        return accounting.epsilon(
+            *self._gaussians(rate, steps), self.delta, interval, replace=self.adjacency == "replace"
+        )
 
     def epsilon(self, rounds: int | None = None) -> float | None:
         """Epsilon after `rounds` rounds (the planned ones when None); None for unit "none".
@@ -319,14 +364,50 @@ class PrivacyPlan:
         rounds = self._checked(rounds)
         if self.unit == "none":
             return None
-        return self._epsilon(max(self.sampler.rates), rounds)
+        return self._epsilon(max(self.sampler.rates), rounds * self.sampler.steps_per_round)
 
-    def epsilon_per_cloud(self, rounds: int | None = None) -> tuple[float, ...] | None:
-        """Epsilon of the examples of each cloud; of the one group of clients; None without unit."""
+    def epsilon_per_cloud(
+        self, rounds: int | None = None, steps: Sequence[int] | None = None
+    ) -> tuple[float, ...] | None:
+        """Epsilon of the examples of each cloud, or of each client; None without unit.
+
+        Args:
+            rounds: after how many rounds; the planned ones when None.
+            steps: how many steps each cloud (or client) has really taken part in, where that is
+                less: it was offline, or takes fewer local steps. Who was is public. Correlated
+                noise takes it into account only where it is zero.
+        """
         rounds = self._checked(rounds)
         if self.unit == "none":
             return None
-        return tuple(self._epsilon(rate, rounds) for rate in self.sampler.rates)
+        count = self.units[0] if self.unit == "client" else len(self.units)
+        rates = self.sampler.rates * count if self.unit == "client" else self.sampler.rates
+        most = rounds * self.sampler.steps_per_round
+        taken = [most] * count if steps is None else [min(own, most) for own in steps]
+        if len(taken) != count:
+            raise UserError(f"{count} numbers of steps are needed, one a {self.unit}, got {taken}")
+        if self.correlation is not None:
+            taken = [most if own else 0 for own in taken]
+        return tuple(self._epsilon(rate, own) for rate, own in zip(rates, taken, strict=True))
+
+    @property
+    def allowed_rounds(self) -> int:
+        """Rounds that stay within the budget, at most the planned ones."""
+        return self.rounds if self.budget is None else self.rounds_within(self.budget)
+
+    def rounds_within(self, budget: float, most: int | None = None) -> int:
+        """The most rounds, up to the planned ones or `most`, whose epsilon is at most `budget`.
+
+        Beyond the planned rounds only independent noise can be asked about.
+        """
+        low, high = 0, (self.rounds if most is None else most) + 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            if (self.epsilon(middle) or 0.0) <= budget:
+                low = middle
+            else:
+                high = middle
+        return low
 
     def report(self, rounds: int | None = None) -> EpsilonReport:
         """The epsilon to show after `rounds` rounds, or the reason why none is shown."""
@@ -337,13 +418,21 @@ class PrivacyPlan:
             reason = "no differential privacy was asked for"
         elif not math.isfinite(value):
             value = None
-            reason = (
+            reason = self._why_none()
+        return EpsilonReport(value, self.delta, reason, self.unit, rounds)
+
+    def _why_none(self) -> str:
+        if self.integer is not None:
+            return (
+                f"integer noise of {self.integer.stddev(self.noise_multiplier):g} steps certifies "
+                "none; use more noise, or finer fixed point (more bits)"
+            )
+        if self.noise_multiplier < accounting.MIN_NOISE_MULTIPLIER:
+            return (
                 f"the noise multiplier {self.noise_multiplier:g} is below "
                 f"{accounting.MIN_NOISE_MULTIPLIER:g}, too small to account for"
-                if self.noise_multiplier < accounting.MIN_NOISE_MULTIPLIER
-                else f"delta {self.delta:g} is below what the accountant can resolve"
             )
-        return EpsilonReport(value, self.delta, reason, self.unit, rounds)
+        return f"delta {self.delta:g} is below what the accountant can resolve"
 
     def noise_for(self, target_epsilon: float) -> "PrivacyPlan":
         """This plan with the smallest noise (to 0.1 %) that keeps the planned rounds in budget.
@@ -356,64 +445,52 @@ class PrivacyPlan:
             raise UserError('unit "none" has no epsilon to aim for; set it to example or client')
         if not 0 < target_epsilon < math.inf:
             raise UserError(f"target epsilon must be positive and finite, got {target_epsilon:g}")
-        steps = self.rounds * self.sampler.steps_per_round
         rate = max(self.sampler.rates)
-        noise = accounting.noise_multiplier_for(target_epsilon, rate, steps, self.delta)
+
+        def epsilon(noise: float, interval: float | None) -> float:
+            plan = dataclasses.replace(self, noise_multiplier=noise, budget=None)
+            return plan._epsilon(rate, self.steps, interval)
+
+        noise = accounting.least_noise(epsilon, target_epsilon)
         if noise is None:
             raise UserError(
-                f"no noise reaches epsilon {target_epsilon:g} at delta {self.delta:g} over {steps} "
-                "steps; raise one of the first two or plan fewer rounds"
+                f"no noise reaches epsilon {target_epsilon:g} at delta {self.delta:g} over "
+                f"{self.steps} steps; raise one of the first two or plan fewer rounds"
             )
         return dataclasses.replace(self, noise_multiplier=noise)
 
     def epsilon_table(
-        self, noise_multipliers: Sequence[float], rounds: Sequence[int]
+        self,
+        noise_multipliers: Sequence[float],
+        rounds: Sequence[int],
+        rates: Sequence[float] = (1.0,),
     ) -> tuple[EpsilonRow, ...]:
-        """Reports for every pair of noise multiplier and rounds, the rest as in this plan.
+        """Reports for all noise multipliers, rates and rounds, the rest as in this plan.
+
+        Args:
+            noise_multipliers: in place of the plan's.
+            rounds: in place of the plan's; beyond those only for independent noise.
+            rates: factors on the plan's rates; those that lead above 1 are left out.
 
         Raises:
             Refused: a noise multiplier is not positive, as for a plan.
         """
         if self.unit == "none":
             return ()
-        plans = [dataclasses.replace(self, noise_multiplier=noise) for noise in noise_multipliers]
-        return tuple(
-            EpsilonRow(plan.noise_multiplier, count, plan.report(count))
-            for plan in plans
-            for count in rounds
-        )
+        rows = []
+        for factor in rates:
+            own = tuple(rate * factor for rate in self.sampler.rates)
+            if max(own) > 1:
+                continue
+            kind: Literal["full", "poisson"] = "full" if set(own) == {1.0} else "poisson"
+            sampler = dataclasses.replace(self.sampler, kind=kind, rates=own)
+            for noise in noise_multipliers:
+                plan = dataclasses.replace(
+                    self, noise_multiplier=noise, sampler=sampler, budget=None
+                )
+                rows += [EpsilonRow(noise, count, plan.report(count), max(own)) for count in rounds]
+        return tuple(rows)
 
     def statement(self) -> str:
         """One paragraph: unit, neighbours, sampler, trust and what is released."""
-        if self.unit == "none":
-            return "No differential privacy: no differential privacy was asked for."
-        mechanism = (
-            f"Sampler: {self.sampler.describe()}. Contributions are clipped to an l2 norm of "
-            f"{self.clip_norm:g} and Gaussian noise of standard deviation {self.noise_stddev:g} "
-            "is added to their sum. Noise and samples follow from the run's seed, as in any "
-            f"simulation: whoever knows the seed can take them off. {self.report()}."
-        )
-        if self.unit == "example":
-            return (
-                "Differential privacy per example. Neighbours: one training example of one cloud "
-                "added or removed; the number of examples of each cloud is public. Trust: each "
-                "cloud trusts itself alone, and its noised updates are private towards everyone, "
-                "the server included. Released: the updates of every round and all that is "
-                "computed from them. Not covered: losses (training and held-out), counts and "
-                "timings of a cloud, which must stay in it, and people or texts with several "
-                "examples. " + mechanism
-            )
-        secrecy = (
-            "which clouds took part in a round must stay with the server, "
-            if self.sampler.kind == "poisson"
-            else ""
-        )
-        return (
-            "Differential privacy per client. Neighbours: one client with all its data added or "
-            "removed, that is a cloud, or one of the clients inside a cloud where it has several; "
-            "the number of clients is public. Trust: the server sees the sum before noise "
-            "and adds the noise; what it passes on is private towards the other clouds and the "
-            f"public. Released: the global adapter of every round. Not covered: {secrecy}the "
-            "messages themselves, and losses (training and held-out), counts (clipped and diverged "
-            "updates too), timings of a cloud and the aggregation error. " + mechanism
-        )
+        return statement(self)

@@ -7,7 +7,7 @@ from fedjax_llm.errors import UserError
 
 from .sampling import float32_rate
 
-Unit = Literal["none", "example", "client"]
+Unit = Literal["none", "example", "user", "client"]
 Kind = Literal["poisson", "full", "fixed"]
 
 
@@ -18,24 +18,33 @@ class SamplerSpec:
     Attributes:
         kind: "poisson" (each unit independently), "full" (every unit every time, so no
             amplification) or "fixed" (batches of a fixed size, which have no certified epsilon).
-        rates: probability with which a unit takes part in one step; for unit "example" one per
-            cloud, for unit "client" a single one. Rounded down to float32, which is what
-            `poisson_sample` realises. All 1 for "full"; empty for "fixed".
-        steps_per_round: mechanisms per round: local steps for unit "example", 1 for "client".
+        rates: probability with which a unit takes part in a step in which it is its turn; for unit
+            "client" a single one, for the others one per cloud. Rounded down to float32, which is
+            what `poisson_sample` realises. All 1 for "full"; empty for "fixed".
+        steps_per_round: mechanisms per round: 1 for unit "client", local steps for the others.
+        period: a unit's turn comes every so many steps, the same place in each period: units are
+            divided into so many groups, each by what it is and not by what the others are
+            (cyclic sampling, arXiv 2306.08153). 1 is a turn in every step.
 
     Raises:
-        UserError: a rate is not in [2^-32, 1], or does not fit the kind; steps_per_round below one.
+        UserError: a rate is not in [2^-32, 1], or does not fit the kind; steps_per_round or period
+            below one.
     """
 
     kind: Kind
     rates: tuple[float, ...]
     steps_per_round: int = 1
+    period: int = 1
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
             raise UserError(f"sampler must be one of {', '.join(get_args(Kind))}; got {self.kind}")
         if self.steps_per_round < 1:
             raise UserError(f"steps per round must be at least 1, got {self.steps_per_round}")
+        if self.period < 1:
+            raise UserError(f"the period of sampling must be at least 1, got {self.period}")
+        if self.kind == "fixed" and self.period > 1:
+            raise UserError("fixed-size batches have no period; use poisson or full sampling")
         for rate in self.rates:
             if not 2.0**-32 <= rate <= 1:  # poisson_sample never selects below that
                 raise UserError(
@@ -52,10 +61,15 @@ class SamplerSpec:
 
     def describe(self) -> str:
         """A few words for statements and errors."""
+        turns = f" of one group in {self.period}" if self.period > 1 else ""
         if self.kind == "fixed":
             return f"fixed-size batches, {self.steps_per_round} per round"
         if self.kind == "full":
-            return f"full participation, {self.steps_per_round} per round"
+            return f"full participation{turns}, {self.steps_per_round} per round"
         low, high = min(self.rates), max(self.rates)
         rates = f"rate {high:.6g}" if low == high else f"rates {low:.6g} to {high:.6g}"
-        return f"Poisson sampling at {rates}, {self.steps_per_round} per round"
+        return f"Poisson sampling{turns} at {rates}, {self.steps_per_round} per round"
+
+    def turns(self, steps: int) -> int:
+        """In how many of the steps a unit's turn comes, at most."""
+        return -(-steps // self.period)

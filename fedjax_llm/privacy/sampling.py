@@ -17,7 +17,11 @@ def float32_rate(rate: float) -> float:
 
 
 def poisson_sample(
-    key: jax.Array, population: jax.Array | int, rate: jax.Array | float, size: int
+    key: jax.Array,
+    population: jax.Array | int,
+    rate: jax.Array | float,
+    size: int,
+    due_N: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Includes each of the first `population` entries, independently, with probability `rate`.
 
@@ -40,6 +44,8 @@ def poisson_sample(
         population: [] int32, may be traced; arrays of clients are padded to a common `size`.
         rate: [] float32, may be traced.
         size: N, the length of the padded arrays.
+        due_N: bool, of which entries one may be taken, by what is known of each alone; of all if
+            None.
 
     Returns:
         indices_N (int32; the selected entries in ascending order, then zeros) and the number of
@@ -51,6 +57,8 @@ def poisson_sample(
     # Times a power of two is exact, and so is the conversion of a float32 below 2^32.
     threshold = (jnp.where(inside, rate, jnp.float32(0)) * jnp.float32(2.0**32)).astype(jnp.uint32)
     present_N = jnp.arange(size, dtype=jnp.int32) < jnp.asarray(population, jnp.int32)
+    if due_N is not None:
+        present_N &= due_N
     selected_N = ((words_N < threshold) | (rate >= 1)) & present_N
     (indices_N,) = jnp.nonzero(selected_N, size=size, fill_value=0)
     return indices_N.astype(jnp.int32), selected_N.sum(dtype=jnp.int32)

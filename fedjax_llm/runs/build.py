@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 
 from fedjax_llm.aggregation import (
@@ -25,6 +26,7 @@ from fedjax_llm.federation import (
     Ckks,
     Combination,
     Federation,
+    FederationState,
     Masked,
     Participant,
     Plain,
@@ -33,12 +35,16 @@ from fedjax_llm.federation import (
     Threshold,
 )
 from fedjax_llm.federation.promises import check_combination, weight_kinds
+from fedjax_llm.federation.shares import mechanism_and_bits
+from fedjax_llm.federation.state import init_state
 from fedjax_llm.lora import LoraConfig
 from fedjax_llm.models import Model, load_model
 from fedjax_llm.privacy import PrivacyPlan
-from fedjax_llm.privacy.plan import Weights as PlanWeights
-from fedjax_llm.privacy.plan import check_weights
+from fedjax_llm.privacy.weights import Weights as PlanWeights
+from fedjax_llm.privacy.weights import check_weights
+from fedjax_llm.runs import plans
 from fedjax_llm.runs.events import Note, OnEvent, Stage
+from fedjax_llm.runs.runfile_privacy import INTEGER
 from fedjax_llm.runs.runfile_schema import RunFile
 from fedjax_llm.runs.runfile_types import MappingSection
 from fedjax_llm.runs.selection import selection
@@ -75,6 +81,7 @@ def corpora(run_file: RunFile, base: Model, on_event: OnEvent) -> list[Corpus]:
             system=training.system_prompt,
             length=training.sequence_length,
             packing=training.packing,
+            by_user=run_file.privacy.unit == "user",
             seed=run_file.seed,
             clients=cloud.clients,
             partition=cloud.partition,
@@ -101,42 +108,33 @@ def _mapping(section: MappingSection | None) -> Mapping | None:
     return Mapping(**columns, values=values)
 
 
-def plan(run_file: RunFile, examples: list[int]) -> PrivacyPlan:
-    """The privacy plan of a run whose clients hold `examples` training rows."""
-    privacy, training = run_file.privacy, run_file.training
-    if privacy.unit == "none":
-        return PrivacyPlan.without_privacy(run_file.rounds, training.local_steps)
-    if privacy.unit == "client":
-        return PrivacyPlan.for_clients(
-            sum(cloud.clients for cloud in run_file.clouds),
-            rounds=run_file.rounds,
+def plan(run_file: RunFile, units: list[int], base: Model | None = None) -> PrivacyPlan:
+    """The privacy plan of a run.
+
+    Args:
+        run_file: the settings.
+        units: training rows of each client.
+        base: the model; integer noise depends on how many numbers its adapter has.
+    """
+    privacy = run_file.privacy
+    integer = None
+    if privacy.unit != "none" and privacy.noise in INTEGER:
+        assert base is not None
+        integer, _ = mechanism_and_bits(
+            base.config,
+            lora(run_file),
+            rule(run_file),
+            plans.shares(run_file),
             clip_norm=privacy.clip_norm,
             noise_multiplier=privacy.noise_multiplier,
-            delta=privacy.delta,
-            rate=privacy.client_rate,
-            weights=_plan_weights(run_file),
+            control=run_file.training.scaffold,
+            bits=run_file.secure.bits,
         )
-    if privacy.sampling == "full" and set(examples) != {training.batch_size}:
-        raise UserError(
-            f'[privacy] sampling = "full" takes every example in every step, but [training] '
-            f"batch_size is {training.batch_size} and the clouds hold {examples} examples; make "
-            'them equal, or use sampling = "poisson"'
-        )
-    return PrivacyPlan.for_examples(
-        examples,
-        expected_batch=training.batch_size,
-        steps_per_round=training.local_steps,
-        rounds=run_file.rounds,
-        clip_norm=privacy.clip_norm,
-        noise_multiplier=privacy.noise_multiplier,
-        delta=privacy.delta,
-        weights=_plan_weights(run_file),
-        packed=training.packing,
-    )
+    return plans.plan(run_file, units, _plan_weights(run_file), integer)
 
 
-def local_training(run_file: RunFile) -> LocalTraining:
-    """One client's local update, as the run file describes it."""
+def local_training(run_file: RunFile, base: Model) -> LocalTraining:
+    """One client's local update, as the run file describes it, on a model."""
     training, privacy = run_file.training, run_file.privacy
     gradients = run_file.aggregation.exchange == "gradients"
     return LocalTraining(
@@ -150,12 +148,23 @@ def local_training(run_file: RunFile) -> LocalTraining:
         batch_size=training.batch_size,
         microbatch=training.microbatch,
         privacy=(
-            ExamplePrivacy(privacy.clip_norm, privacy.noise_multiplier)
-            if privacy.unit == "example"
+            ExamplePrivacy(
+                plans.clip(run_file, base.config.num_layers),
+                privacy.noise_multiplier,
+                plans.correlation(run_file),
+                privacy.period,
+                plans.adaptive(run_file),
+            )
+            if privacy.unit in ("example", "user")
             else None
         ),
-        drift=Drift(training.proximal, training.scaffold),
+        drift=drift(run_file),
     )
+
+
+def drift(run_file: RunFile) -> Drift:
+    """What keeps the clients from drifting apart."""
+    return Drift(run_file.training.proximal, run_file.training.scaffold)
 
 
 def _plan_weights(run_file: RunFile) -> PlanWeights:
@@ -201,7 +210,7 @@ def check_together(run_file: RunFile) -> None:
     check_combination(
         rule=made,
         unit=unit,
-        drift=local_training(run_file).drift,
+        drift=drift(run_file),
         hidden=run_file.secure.sum != "plain",
         combine=found,
         bound=run_file.privacy.clip_norm if unit == "client" else run_file.secure.update_bound,
@@ -332,9 +341,9 @@ def federation(run_file: RunFile, base: Model, data: list[Corpus]) -> Federation
             ).divided(corpus.client_rows)
         ],
         lora=lora(run_file),
-        training=local_training(run_file),
+        training=local_training(run_file, base),
         rule=rule(run_file),
-        plan=plan(run_file, examples),
+        plan=plan(run_file, examples, base),
         sum_mode=sum_mode(run_file, base),
         combine=combination(run_file),
         update_bound=secure.update_bound,
@@ -347,4 +356,20 @@ def federation(run_file: RunFile, base: Model, data: list[Corpus]) -> Federation
         remat=training.remat,
         evaluation_microbatch=run_file.evaluation.microbatch,
         clients_at_once=None if at_once == "auto" else int(at_once),
+    )
+
+
+def state(run_file: RunFile, base: Model) -> FederationState:
+    """A state shaped like those of the run, without building its federation."""
+    central = run_file.privacy.unit == "client"
+    return init_state(
+        base.config,
+        lora(run_file),
+        rule(run_file),
+        local_training(run_file, base),
+        jax.random.key(run_file.seed),
+        plans.clients(run_file),
+        robust(run_file),
+        plans.correlation(run_file) if central else None,
+        plans.adaptive(run_file) if central else None,
     )

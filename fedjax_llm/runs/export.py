@@ -2,11 +2,9 @@
 
 from pathlib import Path
 
-import jax
-
 from fedjax_llm.aggregation import AggregationRule, ServerState
 from fedjax_llm.errors import UserError
-from fedjax_llm.federation import adapter_of, init_state
+from fedjax_llm.federation import adapter_of
 from fedjax_llm.lora import Adapter, add_dense, merge, write_peft
 from fedjax_llm.models import Model, save_model
 from fedjax_llm.runs import build, fingerprint, runfile
@@ -63,15 +61,7 @@ def _trained(
     rule = build.rule(run_file)
     client = _client(run_file, rule, cloud)
     model = build.model(run_file, on_event)
-    like = init_state(
-        model.config,
-        build.lora(run_file),
-        rule,
-        build.local_training(run_file),
-        jax.random.key(run_file.seed),
-        sum(own.clients for own in run_file.clouds),
-        build.robust(run_file),
-    )
+    like = build.state(run_file, model)
     found = Checkpoints(folder.checkpoints).latest(
         like=like, notify=lambda text: on_event(Note(text))
     )

@@ -5,7 +5,8 @@ noise to another sum, and whoever saw both would see the difference without any.
 counts all rounds at the settings of the last. So a run whose model, data or settings have changed
 is not continued.
 
-Left out is what a user may change between two processes: `rounds`, `[evaluation]`, `[checkpoint]`,
+Left out is what a user may change between two processes: `rounds` (with independent noise),
+`[privacy] budget`, `[evaluation]`, `[checkpoint]`,
 links, the rounds in which a cloud is offline, and what fits the work into memory (`microbatch`,
 `remat`, `clients_at_once`; these move results by rounding). Paths are left out too: it is the
 content that counts, and a folder may have been moved. What a selective encryption encrypts moves
@@ -25,6 +26,7 @@ from fedjax_llm.data import Corpus
 from fedjax_llm.errors import UserError
 from fedjax_llm.models import Model
 from fedjax_llm.runs.runfile import RunFile
+from fedjax_llm.runs.runfile_privacy import CORRELATED
 from fedjax_llm.runs.runfile_types import BUILTIN_PREFIX
 
 PyTree = Any
@@ -33,7 +35,8 @@ Fingerprint = dict[str, str]
 
 _SECTIONS = ("adapter", "training", "aggregation", "privacy", "secure")
 _OF_CLOUDS = {"rank", "local_steps", "weight", "clients", "partition", "concentration"}
-_MEMORY = {"microbatch", "remat", "clients_at_once"}
+# What fits the work into memory, and the budget, which says when to stop.
+_FREE = {"microbatch", "remat", "clients_at_once", "budget"}
 
 
 def of(run_file: RunFile, base: Model, corpora: Sequence[Corpus]) -> Fingerprint:
@@ -49,7 +52,7 @@ def of(run_file: RunFile, base: Model, corpora: Sequence[Corpus]) -> Fingerprint
     found = {"seed": _text(run_file.seed), "clouds": _text(names)}
     for name in _SECTIONS:
         settings = getattr(run_file, name).model_dump(mode="json")
-        kept = {key: value for key, value in settings.items() if key not in _MEMORY}
+        kept = {key: value for key, value in settings.items() if key not in _FREE}
         if kept.get("selective") is not None:
             kept["selective"] = _selective(kept["selective"])
         found[f"section [{name}]"] = _text(kept)
@@ -58,6 +61,8 @@ def of(run_file: RunFile, base: Model, corpora: Sequence[Corpus]) -> Fingerprint
         # Elsewhere a link is a matter of time and money; here it weighs its cloud.
         own += [cloud.link.model_dump(mode="json") for cloud in run_file.clouds]
     found["settings of the clouds"] = _text(own)
+    if run_file.privacy.unit != "none" and run_file.privacy.noise in CORRELATED:
+        found["rounds, for which the correlated noise is made"] = _text(run_file.rounds)
     attack = run_file.attack
     found["section [attack]"] = _text(attack and attack.model_dump(mode="json"))
     found["model"] = _text([repr(base.config), _arrays(base.base)])

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import cast
 
 from fedjax_llm.data import Record, prompt_text
-from fedjax_llm.errors import UserError
+from fedjax_llm.errors import Refused, UserError
 from fedjax_llm.federation import Federation, FederationState, RoundReport
 from fedjax_llm.models import Model, generate
 from fedjax_llm.runs import (
@@ -84,6 +84,11 @@ def run(run_file: RunFile, folder: RunFolder, *, on_event: OnEvent = ignore) -> 
                     "its results and epsilon are those of all its rounds: set rounds to at least "
                     f"{found.round}"
                 )
+            if found.round > plan.allowed_rounds:
+                raise Refused(
+                    f"{folder.path} has spent more than its budget of epsilon {plan.budget:g}: "
+                    f"{plan.report(found.round)}; raise [privacy] budget in its run.toml, or stop"
+                )
             state = found.tree
             records = metrics.truncate(folder.metrics, found.round)
             if not records or records[-1]["round"] < found.round:
@@ -94,9 +99,19 @@ def run(run_file: RunFile, folder: RunFolder, *, on_event: OnEvent = ignore) -> 
                 on_event(RoundStarted(0, run_file.rounds))
                 record = _before_training(federation, initial, on_event)
                 _finish_round(folder, checkpoints, board, initial, record, identity, on_event)
-            for number in range(int(state.round) + 1, run_file.rounds + 1):
-                on_event(RoundStarted(number, run_file.rounds))
-                state, record = _one_round(folder, federation, run_file, state, on_event)
+            rounds = min(run_file.rounds, plan.allowed_rounds)
+            if rounds < run_file.rounds:
+                on_event(
+                    Note(
+                        f"the budget of epsilon {plan.budget:g} is enough for {rounds} of "
+                        f"{run_file.rounds} rounds: the run stops there"
+                    )
+                )
+            for number in range(int(state.round) + 1, rounds + 1):
+                on_event(RoundStarted(number, rounds))
+                state, record = _one_round(
+                    folder, federation, run_file, state, number == rounds, on_event
+                )
                 _finish_round(folder, checkpoints, board, state, record, identity, on_event)
     finally:
         checkpoints.close()
@@ -168,6 +183,7 @@ def _one_round(
     federation: Federation,
     run_file: RunFile,
     state: FederationState,
+    last: bool,
     on_event: OnEvent,
 ) -> tuple[FederationState, RoundRecord]:
     stages = ("train", "encrypt", "decrypt", "evaluate")
@@ -177,7 +193,6 @@ def _one_round(
         on_stage=lambda stage: on_event(Progress(stages.index(stage), len(stages), stage)),
         before_opening=lambda number, clouds: opened.record(folder, number, clouds),
     )
-    last = done.round == run_file.rounds
     losses: dict[str, float] = {}
     seconds_evaluate = 0.0
     if last or done.round % run_file.evaluation.every_rounds == 0:
@@ -193,13 +208,18 @@ def _one_round(
 
 
 def epsilon_by_cloud(federation: Federation, rounds: int) -> dict[str, float]:
-    """The epsilon of each cloud's examples, the largest of its clients; empty for other units."""
-    plan = federation.plan
-    if plan.unit != "example":
-        return {}
-    found: dict[str, float] = {}
-    epsilons = plan.epsilon_per_cloud(rounds) or ()
-    for participant, epsilon in zip(federation.participants, epsilons, strict=True):
+    """The epsilon of each cloud after so many rounds, the largest of its clients; {} without.
+
+    A cloud that was offline in a round, or takes fewer local steps, has spent less.
+    """
+    plan, found = federation.plan, dict[str, float]()
+    taken = []
+    for participant in federation.participants:
+        here = sum(number not in participant.offline_rounds for number in range(1, rounds + 1))
+        most = plan.sampler.steps_per_round
+        taken.append(here * min(most, participant.local_steps or most))
+    epsilons = plan.epsilon_per_cloud(rounds, taken) or ()
+    for participant, epsilon in zip(federation.participants, epsilons, strict=bool(epsilons)):
         name = participant.cloud.name
         found[name] = max(found.get(name, 0.0), epsilon)
     return found

@@ -11,6 +11,7 @@ from fedjax_llm.runs.runfile_aggregation import (
     check_attack,
 )
 from fedjax_llm.runs.runfile_errors import problem
+from fedjax_llm.runs.runfile_privacy import PrivacySection
 from fedjax_llm.runs.runfile_secure import SecureSection, check_secure
 from fedjax_llm.runs.runfile_types import (
     Count,
@@ -73,17 +74,6 @@ class TrainingSection(Section):
         if self.clients_at_once != "auto" and self.clients_at_once < 1:
             raise problem(("clients_at_once",), 'must be at least 1 or "auto"')
         return self
-
-
-class PrivacySection(Section):
-    """[privacy]: the unit that is protected, the Gaussian mechanism, and how units are sampled."""
-
-    unit: Literal["none", "example", "client"] = "none"
-    clip_norm: Positive = 1.0
-    noise_multiplier: NotNegative = 1.0
-    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
-    sampling: Literal["poisson", "full", "fixed"] = "poisson"
-    client_rate: Annotated[float, Field(gt=0, le=1)] = 1.0
 
 
 class EvaluationSection(Section):
@@ -189,19 +179,6 @@ class RunFile(Section):
                     )
         privacy = self.privacy
         check_secure(self.secure, len(names), privacy.unit, privacy.noise_multiplier)
-        if self.privacy.unit != "none" and self.privacy.sampling == "fixed":
-            raise problem(
-                ("privacy", "sampling"),
-                "fixed-size batches certify no epsilon; use poisson or full, or unit none",
-                refused=True,
-            )
-        full = self.privacy.unit == "client" and self.privacy.sampling == "full"
-        if full and self.privacy.client_rate != 1:
-            raise problem(
-                ("privacy", "client_rate"),
-                f'must be 1 with sampling = "full", got {self.privacy.client_rate:g}; '
-                'use sampling = "poisson"',
-            )
         return self
 
     def _check_unread(self) -> None:

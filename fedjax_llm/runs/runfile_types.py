@@ -35,6 +35,7 @@ class MappingSection(Section):
     context: str | None = None
     label: str | None = None
     group: str | None = None
+    user: str | None = None
     labels: dict[str, str] | None = None
 
 

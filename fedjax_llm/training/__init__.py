@@ -5,6 +5,7 @@ from fedjax_llm.training.local import ClientTable as ClientTable
 from fedjax_llm.training.local import Drift as Drift
 from fedjax_llm.training.local import ExamplePrivacy as ExamplePrivacy
 from fedjax_llm.training.local import LocalTraining as LocalTraining
+from fedjax_llm.training.local import NoiseStream as NoiseStream
 from fedjax_llm.training.local import Trained as Trained
 from fedjax_llm.training.local import client_update as client_update
 from fedjax_llm.training.optimizers import MOMENTUM as MOMENTUM
@@ -20,6 +21,7 @@ __all__ = [
     "Drift",
     "ExamplePrivacy",
     "LocalTraining",
+    "NoiseStream",
     "Trained",
     "client_update",
     "optimizer_init",

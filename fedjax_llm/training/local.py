@@ -17,6 +17,9 @@ import optax
 
 from fedjax_llm.errors import UserError
 from fedjax_llm.privacy import (
+    AdaptiveClip,
+    Clip,
+    Correlation,
     gaussian_noise_like,
     poisson_clipped_grad_sum,
     poisson_sample,
@@ -26,6 +29,8 @@ from fedjax_llm.training.optimizers import optimizer_step
 
 PyTree = Any
 RowLoss = Callable[[PyTree, PyTree], jax.Array]
+# Folded into a step's noise key for the noise on the count of an adaptive clip norm.
+_COUNT = 2**32 - 1
 
 
 @dataclass(frozen=True)
@@ -33,12 +38,46 @@ class ExamplePrivacy:
     """Per-example clipping and noise inside each local step (DP-SGD, arXiv 1607.00133).
 
     Attributes:
-        clip_norm: largest l2 norm of one example's gradient.
-        noise_multiplier: standard deviation of the noise on the summed gradient, in clip norms.
+        clip_norm: largest l2 norm of one example's gradient; or a kind of clipping.
+        noise_multiplier: standard deviation of the noise on the summed gradient, in units of the
+            sensitivity of the clipping.
+        correlation: how the noise of different steps hangs together; None is independent noise.
+        period: a row's turn comes every so many steps of the run; see `ClientTable.turns`.
+        adaptive: the clip norm follows a private quantile, from its own initial norm on; None keeps
+            it. The noise multiplier is then that of sum and count together.
     """
 
-    clip_norm: float
+    clip_norm: float | Clip
     noise_multiplier: float
+    correlation: Correlation | None = None
+    period: int = 1
+    adaptive: AdaptiveClip | None = None
+
+    def __post_init__(self) -> None:
+        """Raises UserError for an adaptive norm with a kind, or noise, that it does not go with."""
+        if self.adaptive is None:
+            return
+        if self.adaptive.initial_norm != self.clip_norm:
+            raise UserError(
+                f"the adaptive clip norm begins at {self.adaptive.initial_norm:g} and clip_norm is "
+                f"{self.clip_norm}; make them equal, one joint norm"
+            )
+        if self.correlation is not None:
+            raise UserError(
+                "correlated noise takes off earlier noise of the same size, and an adaptive clip "
+                "norm changes it; choose one of the two"
+            )
+
+    @property
+    def sensitivity(self) -> float:
+        """Largest l2 change of a step's sum when one example is added or removed, to begin with."""
+        if isinstance(self.clip_norm, int | float):
+            return float(self.clip_norm)
+        return float(self.clip_norm.sensitivity)
+
+    def clip_state(self) -> PyTree:
+        """What an adaptive clip norm begins with; () without."""
+        return () if self.adaptive is None else self.adaptive.init()
 
 
 @dataclass(frozen=True)
@@ -95,12 +134,31 @@ class ClientTable(NamedTuple):
     Attributes:
         rows: a pytree of arrays with N leading rows; with example privacy a row is one example.
         population: int32 scalar, how many of the N rows are real.
-        rate: float32 scalar, the probability with which a Poisson-sampled step takes a row.
+        rate: float32 scalar, the probability with which a Poisson-sampled step takes a row whose
+            turn it is.
+        turns: int32 [N], in which step of every period a row's turn is; None for every step.
     """
 
     rows: PyTree
     population: jax.Array
     rate: jax.Array
+    turns: jax.Array | None = None
+
+
+class NoiseStream(NamedTuple):
+    """What correlated noise needs of the rounds before.
+
+    Attributes:
+        first: int32 scalar, the steps of the run before this round.
+        last_key: the client's noise key of the round before.
+        state: of the correlation.
+        clip: of the adaptive clip norm.
+    """
+
+    first: jax.Array
+    last_key: jax.Array
+    state: PyTree
+    clip: PyTree = ()
 
 
 class ClientMetrics(NamedTuple):
@@ -126,12 +184,16 @@ class Trained(NamedTuple):
         gradient: mean gradient of the steps, clipped and noised but not corrected; () unless
             control variates are asked for.
         metrics: measurements.
+        noise: state of the correlated noise; () without.
+        clip: state of the adaptive clip norm; () without.
     """
 
     trainable: PyTree
     optimizer: PyTree
     gradient: PyTree
     metrics: ClientMetrics
+    noise: PyTree = ()
+    clip: PyTree = ()
 
 
 def client_update(
@@ -144,6 +206,7 @@ def client_update(
     noise_key: jax.Array,
     steps: jax.Array | None = None,
     correction: PyTree = (),
+    stream: NoiseStream | None = None,
 ) -> Trained:
     """Trains the adapter on one client's rows for `training.steps` steps.
 
@@ -163,23 +226,24 @@ def client_update(
         steps: int32 scalar, how many of the steps this client takes; all if None. The others are
             computed and leave no trace.
         correction: like `trainable`, is added to every gradient (`Drift.control`); () for none.
+        stream: for correlated noise, and for turns; a run begins in this round if None.
     """
-    gradient = _plain_gradient if training.privacy is None else _private_gradient
     drift = training.drift
+    noise = _Noise.of(training, trainable, noise_key, stream)
 
-    def step(
-        carry: tuple[PyTree, PyTree, PyTree], step_index: jax.Array
-    ) -> tuple[tuple[PyTree, PyTree, PyTree], ClientMetrics]:
-        params, state, seen = carry
-        grads, metrics = gradient(
-            row_loss,
-            training,
-            params,
-            table,
-            step_index,
-            sampling_key,
-            jax.random.fold_in(noise_key, step_index),
-        )
+    def step(carry: _Carry, step_index: jax.Array) -> tuple[_Carry, ClientMetrics]:
+        params, state, seen, held, norm = carry
+        if training.privacy is None:
+            grads, metrics = _plain_gradient(
+                row_loss, training, params, table, step_index, sampling_key
+            )
+        else:
+            total, metrics = _clipped_sum(
+                row_loss, training, params, table, step_index, noise.first, sampling_key, norm
+            )
+            drawn, held = noise.next(step_index, total, held, norm)
+            norm = noise.next_norm(step_index, norm, metrics)
+            grads = jax.tree.map(lambda t, n: (t + n) / training.batch_size, total, drawn)
         if drift.control:
             seen = jax.tree.map(jnp.add, seen, grads)
             grads = jax.tree.map(jnp.add, grads, correction)
@@ -187,21 +251,21 @@ def client_update(
             mu = jnp.float32(drift.proximal)
             grads = jax.tree.map(lambda g, p, p0: g + mu * (p - p0), grads, params, trainable)
         params, state = optimizer_step(training.optimizer, grads, state, params)
-        return (params, state, seen), metrics
+        return _Carry(params, state, seen, held, norm), metrics
 
-    def step_if_due(
-        carry: tuple[PyTree, PyTree, PyTree], step_index: jax.Array
-    ) -> tuple[tuple[PyTree, PyTree, PyTree], ClientMetrics]:
+    def step_if_due(carry: _Carry, step_index: jax.Array) -> tuple[_Carry, ClientMetrics]:
         after, metrics = step(carry, step_index)
         assert steps is not None
         due = step_index < steps
         metrics = jax.tree.map(lambda m: jnp.where(due, m, jnp.zeros_like(m)), metrics)
-        return jax.tree.map(lambda new, old: jnp.where(due, new, old), after, carry), metrics
+        kept = jax.tree.map(lambda new, old: jnp.where(due, new, old), after, carry)
+        # The noise goes on, so that its steps are those by which turns are counted.
+        return kept._replace(noise=after.noise), metrics
 
     seen = jax.tree.map(jnp.zeros_like, trainable) if drift.control else ()
-    (trained, optimizer_state, seen), metrics_S = jax.lax.scan(
+    (trained, optimizer_state, seen, held, norm), metrics_S = jax.lax.scan(
         step if steps is None else step_if_due,
-        (trainable, optimizer_state, seen),
+        _Carry(trainable, optimizer_state, seen, noise.state, noise.clip),
         jnp.arange(training.steps),
     )
     taken = jnp.float32(training.steps) if steps is None else steps.astype(jnp.float32)
@@ -210,30 +274,105 @@ def client_update(
         optimizer_state,
         jax.tree.map(lambda leaf: leaf / jnp.maximum(taken, jnp.float32(1)), seen),
         jax.tree.map(lambda m: jnp.sum(m, axis=0), metrics_S),
+        held,
+        norm,
     )
 
 
-def _private_gradient(
+class _Carry(NamedTuple):
+    """What goes from one local step to the next."""
+
+    trainable: PyTree
+    optimizer: PyTree
+    seen: PyTree
+    noise: PyTree
+    clip: PyTree
+
+
+class _Noise(NamedTuple):
+    """The noise of a client's local steps."""
+
+    training: LocalTraining
+    key: jax.Array
+    last_key: jax.Array
+    first: jax.Array
+    state: PyTree
+    clip: PyTree
+
+    @classmethod
+    def of(
+        cls, training: LocalTraining, like: PyTree, key: jax.Array, stream: NoiseStream | None
+    ) -> "_Noise":
+        if stream is not None:
+            return cls(training, key, stream.last_key, stream.first, stream.state, stream.clip)
+        privacy = training.privacy
+        if privacy is None:
+            return cls(training, key, key, jnp.int32(0), (), ())
+        state = () if privacy.correlation is None else privacy.correlation.init(like)
+        return cls(training, key, key, jnp.int32(0), state, privacy.clip_state())
+
+    def next(
+        self, step: jax.Array, like: PyTree, state: PyTree, clip: PyTree
+    ) -> tuple[PyTree, PyTree]:
+        """The noise on the sum of a step."""
+        privacy, steps = self.training.privacy, self.training.steps
+        assert privacy is not None
+        stddev: float | jax.Array = privacy.noise_multiplier * privacy.sensitivity
+        if privacy.adaptive is not None:
+            split = privacy.adaptive.sum_noise_multiplier(privacy.noise_multiplier)
+            stddev = jnp.float32(split) * clip.clip_norm
+
+        def draw(index: jax.Array) -> PyTree:
+            place = index - self.first
+            own = jax.random.fold_in(self.key, place)
+            if privacy.correlation is None:
+                return gaussian_noise_like(own, like, stddev)
+            last = jax.random.fold_in(self.last_key, place + steps)
+            return gaussian_noise_like(jnp.where(place >= 0, own, last), like, stddev)
+
+        if privacy.correlation is None:
+            return draw(self.first + step), state
+        return privacy.correlation.next(self.first + step, draw, state)
+
+    def next_norm(self, step: jax.Array, clip: PyTree, metrics: "ClientMetrics") -> PyTree:
+        """The adaptive clip norm after a step, from the noised count of rows within the last."""
+        privacy = self.training.privacy
+        assert privacy is not None
+        if privacy.adaptive is None:
+            return clip
+        # A number that no leaf of the sum's noise is addressed by.
+        key = jax.random.fold_in(jax.random.fold_in(self.key, step), _COUNT)
+        noise = jnp.float32(privacy.adaptive.count_stddev) * jax.random.normal(key, (), jnp.float32)
+        # Every row within the norm counts 1/2, every other one -1/2.
+        count = metrics.rows * jnp.float32(0.5) - metrics.clipped
+        return privacy.adaptive.update(clip, count + noise, self.training.batch_size)
+
+
+def _clipped_sum(
     row_loss: RowLoss,
     training: LocalTraining,
     params: PyTree,
     table: ClientTable,
     step_index: jax.Array,
+    first: jax.Array,
     sampling_key: jax.Array,
-    noise_key: jax.Array,
+    clip: PyTree,
 ) -> tuple[PyTree, ClientMetrics]:
+    """The sum of the clipped gradients of the rows that a step samples."""
     privacy = training.privacy
     assert privacy is not None
     size = jax.tree.leaves(table.rows)[0].shape[0]
+    due_N = None
+    if table.turns is not None:
+        due_N = table.turns == (first + step_index) % privacy.period
     indices_N, count = poisson_sample(
-        jax.random.fold_in(sampling_key, step_index), table.population, table.rate, size
+        jax.random.fold_in(sampling_key, step_index), table.population, table.rate, size, due_N
     )
+    bound = privacy.clip_norm if privacy.adaptive is None else clip.clip_norm
     total, stats = poisson_clipped_grad_sum(
-        row_loss, params, table.rows, indices_N, count, privacy.clip_norm, training.microbatch
+        row_loss, params, table.rows, indices_N, count, bound, training.microbatch
     )
-    noise = gaussian_noise_like(noise_key, total, privacy.noise_multiplier * privacy.clip_norm)
-    mean = jax.tree.map(lambda t, n: (t + n) / training.batch_size, total, noise)
-    return mean, ClientMetrics(stats.loss * stats.weight, stats.weight, stats.clipped)
+    return total, ClientMetrics(stats.loss * stats.weight, stats.weight, stats.clipped)
 
 
 def _plain_gradient(
@@ -243,9 +382,7 @@ def _plain_gradient(
     table: ClientTable,
     step_index: jax.Array,
     sampling_key: jax.Array,
-    noise_key: jax.Array,
 ) -> tuple[PyTree, ClientMetrics]:
-    del noise_key
     size = jax.tree.leaves(table.rows)[0].shape[0]
     # One shuffle serves the round; every step cuts its batch out of the same one.
     indices_SxB = uniform_batches(

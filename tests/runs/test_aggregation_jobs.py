@@ -122,7 +122,8 @@ def test_an_attack_is_told_and_changes_the_round(
 
 def test_gradient_exchange_sends_gradients_of_single_steps(jobs: Jobs) -> None:
     settings = ("aggregation.exchange=gradients", "training.local_steps=1")
-    training = build.local_training(loaded(jobs, *settings, "training.learning_rate=1e-3"))
+    run_file = loaded(jobs, *settings, "training.learning_rate=1e-3")
+    training = build.local_training(run_file, build.model(run_file, lambda event: None))
     update, _ = training.optimizer.update(jnp.ones(3), training.optimizer.init(jnp.ones(3)))
     np.testing.assert_array_equal(update, -np.ones(3))
     assert training.steps == 1
