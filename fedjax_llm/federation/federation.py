@@ -17,7 +17,7 @@ from fedjax_llm.aggregation.robust import GroupRobust
 from fedjax_llm.errors import Refused, UserError
 from fedjax_llm.federation.evaluation import HeldOut
 from fedjax_llm.federation.exchange import Codec, HiddenSums, Ledger, OnStage
-from fedjax_llm.federation.keys import seed_key
+from fedjax_llm.federation.keys import Seeds, seed_key
 from fedjax_llm.federation.layout import CohortLayout
 from fedjax_llm.federation.message import MessageCodec, Upload, WeightCodec, fitting_bits
 from fedjax_llm.federation.objective import row_loss
@@ -71,6 +71,7 @@ class Federation:
         attackers: clients that send something else than what they trained, to try a defence.
         measure_error: whether each round's report tells the aggregation error.
         seed: of all simulated randomness.
+        noise_key: of noise and samples, from `privacy.secret_key`; from the seed if None.
         dtype: of activations.
         remat: whether activations are recomputed in the backward pass instead of kept.
         evaluation_microbatch: evaluation rows in memory at once on a device.
@@ -102,6 +103,7 @@ class Federation:
         attackers: Attackers | None = None,
         measure_error: bool = True,
         seed: int = 0,
+        noise_key: jax.Array | None = None,
         dtype: jax.typing.DTypeLike = jnp.float32,
         remat: bool = False,
         evaluation_microbatch: int = 8,
@@ -116,7 +118,13 @@ class Federation:
         self.sum_mode = sum_mode
         self.rule = rule
         self._training = training
-        self._seed = seed_key(seed)
+        public = seed_key(seed)
+        self._seed = public if noise_key is None else Seeds(public, noise_key)
+        if (plan.generator == "system") != (noise_key is not None):
+            raise Refused(
+                f"the plan says that noise comes from the {plan.generator}, and the federation has "
+                f"{'a' if noise_key is not None else 'no'} secret noise key; make them agree"
+            )
         count = len(participants)
         self.layout = CohortLayout.over(count, clients_at_once, devices)
         self.roster = roster = Roster(
@@ -180,7 +188,7 @@ class Federation:
                 f"clients, there are {count}; use weights that are known beforehand"
             )
         shapes = jax.eval_shape(
-            lambda key: rule.init(init_adapter(model.config, lora, key)), self._seed
+            lambda key: rule.init(init_adapter(model.config, lora, key)), public
         )
         noise: NoiseTable | None = None
         if plan.integer is None:

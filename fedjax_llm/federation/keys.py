@@ -3,11 +3,13 @@
 A draw therefore never depends on how many draws came before it, on how clients are grouped, or
 on whether the run was interrupted: that is what makes a resumed run end in the same bytes.
 
-These keys are for simulation. Threefry keys hold 64 bits; secrets of the encrypted sum come from
-the operating system's generator and never from here.
+Keys of a seed are for simulation: threefry keys hold 64 bits. Private noise and samples can have a
+secret root of 256 bits beside it (`Seeds`); secrets of the encrypted sum come from the operating
+system's generator and never from here.
 """
 
 import enum
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +30,31 @@ class Purpose(enum.IntEnum):
     COUNT_NOISE = 9
 
 
+# What no other party may know or repeat.
+_PRIVATE = frozenset(
+    {
+        Purpose.EXAMPLE_SAMPLING,
+        Purpose.LOCAL_NOISE,
+        Purpose.CLIENT_SAMPLING,
+        Purpose.SERVER_NOISE,
+        Purpose.NOISE_SHARE,
+        Purpose.COUNT_NOISE,
+    }
+)
+
+
+class Seeds(NamedTuple):
+    """Two roots of randomness.
+
+    Attributes:
+        public: of what all parties know: the adapter's start, what a rule draws.
+        private: of noise and samples, from `privacy.secret_key`.
+    """
+
+    public: jax.Array
+    private: jax.Array
+
+
 def seed_key(seed: int) -> jax.Array:
     """Returns the run's key; for seeds below 2^32 it is `jax.random.key(seed)`.
 
@@ -42,7 +69,7 @@ def seed_key(seed: int) -> jax.Array:
 
 
 def key_for(
-    seed: jax.Array,
+    seed: jax.Array | Seeds,
     purpose: Purpose,
     round_index: jax.Array | int = 0,
     client: jax.Array | int = 0,
@@ -50,10 +77,12 @@ def key_for(
     """Returns the key of one purpose, round and client.
 
     Args:
-        seed: the run's key, from `seed_key`.
+        seed: the run's key, from `seed_key`, or two.
         purpose: what the draw is for.
         round_index: the round, from 1; 0 for draws that belong to no round.
         client: the client's index in the run file; 0 for the server's draws.
     """
+    if isinstance(seed, Seeds):
+        seed = seed.private if purpose in _PRIVATE else seed.public
     key = jax.random.fold_in(seed, int(purpose))
     return jax.random.fold_in(jax.random.fold_in(key, round_index), client)

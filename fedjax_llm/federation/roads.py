@@ -13,6 +13,7 @@ import numpy as np
 from fedjax_llm.errors import UserError
 from fedjax_llm.federation.cohort import ClientInputs, Local
 from fedjax_llm.federation.exchange import Codec, HiddenSums, Ledger, OnStage
+from fedjax_llm.federation.keys import Seeds
 from fedjax_llm.federation.layout import CohortLayout
 from fedjax_llm.federation.message import EncodedMessage, WeightCodec
 from fedjax_llm.federation.programs import RoundPrograms
@@ -54,7 +55,7 @@ class Road:
 
     base: PyTree
     layout: CohortLayout
-    seed: jax.Array
+    seed: jax.Array | Seeds
     participants: Sequence[Participant]
     stops: bool
     sums_weights: bool

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from fedjax_llm.aggregation import LossWeights, Weights
 from fedjax_llm.errors import UserError
 from fedjax_llm.federation.cohort import ClientInputs, ClientState
-from fedjax_llm.federation.keys import Purpose, key_for
+from fedjax_llm.federation.keys import Purpose, Seeds, key_for
 from fedjax_llm.federation.layout import CohortLayout
 from fedjax_llm.federation.tables import Participant, client_tables, clouds_of
 from fedjax_llm.privacy import PrivacyPlan, poisson_sample
@@ -41,7 +41,7 @@ class Roster:
         plan: PrivacyPlan,
         weights: Weights | LossWeights | Sequence[float] | None,
         rank: int,
-        seed: jax.Array,
+        seed: jax.Array | Seeds,
     ) -> None:
         self.participants = tuple(participants)
         self.clouds, self.cloud_K = clouds_of(participants)

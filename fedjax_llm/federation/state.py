@@ -9,7 +9,7 @@ from fedjax_llm.aggregation import AggregationRule, ServerState
 from fedjax_llm.aggregation.part import subset
 from fedjax_llm.aggregation.robust import Combine, GroupRobust
 from fedjax_llm.federation.cohort import ClientState
-from fedjax_llm.federation.keys import Purpose, key_for
+from fedjax_llm.federation.keys import Purpose, Seeds, key_for
 from fedjax_llm.federation.recipe import Global
 from fedjax_llm.lora import Adapter, LoraConfig, init_adapter
 from fedjax_llm.models import DecoderConfig
@@ -51,7 +51,7 @@ def init_state(
     lora: LoraConfig,
     rule: AggregationRule,
     training: LocalTraining,
-    seed: jax.Array,
+    seed: jax.Array | Seeds,
     clients: int,
     combine: Combine | GroupRobust | None = None,
     server_noise: Correlation | None = None,

@@ -31,6 +31,7 @@ from .sampler import SamplerSpec as SamplerSpec
 from .sampling import float32_rate as float32_rate
 from .sampling import poisson_sample as poisson_sample
 from .sampling import uniform_batches as uniform_batches
+from .secret_keys import secret_key as secret_key
 from .weights import check_weights as check_weights
 
 __all__ = [
@@ -63,6 +64,7 @@ __all__ = [
     "indicator",
     "poisson_clipped_grad_sum",
     "poisson_sample",
+    "secret_key",
     "split_noise",
     "uniform_batches",
 ]

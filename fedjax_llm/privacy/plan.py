@@ -91,6 +91,8 @@ counted |
         adaptive: the clip norm follows a private quantile, beginning with `clip_norm`, and
             `noise_multiplier` is that of sum and count together; None keeps the clip norm.
         integer: noise on the integers of a secure sum, for trust "distributed" and "local".
+        generator: where noise and samples come from: the run's "seed", so that runs repeat, or the
+            operating "system", so that nobody can.
         error_feedback: whether what a compressor dropped after the clip is added to later messages.
         clip_norm_from: "public", or "data" where the clip norm was tuned on the private data.
         budget: epsilon that the run may not exceed: it stops before; None is no budget.
@@ -110,6 +112,7 @@ counted |
     adjacency: Adjacency = "add-remove"
     adaptive: AdaptiveClip | None = None
     integer: IntegerMechanism | None = None
+    generator: Literal["seed", "system"] = "seed"
     error_feedback: bool = False
     clip_norm_from: Literal["public", "data"] = "public"
     budget: float | None = None

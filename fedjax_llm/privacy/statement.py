@@ -85,8 +85,7 @@ def _mechanism(plan: "PrivacyPlan") -> str:
     return (
         f"Sampler: {plan.sampler.describe()}. Contributions are clipped to an l2 norm of "
         f"{plan.clip_norm:g}{_moves(plan)} and {noise} of standard deviation {plan.noise_stddev:g} "
-        f"is added to their sum.{hangs} Noise and samples follow from the run's seed, as in any "
-        "simulation: whoever knows the seed can take them off."
+        f"is added to their sum.{hangs} {_generator(plan)}"
     )
 
 
@@ -97,4 +96,16 @@ def _moves(plan: "PrivacyPlan") -> str:
         f" at first, which then follows the {plan.adaptive.quantile:g} quantile of their norms by "
         f"a count with noise of standard deviation {plan.adaptive.count_stddev:g} (arXiv "
         "1905.03871), paid for by the same noise multiplier,"
+    )
+
+
+def _generator(plan: "PrivacyPlan") -> str:
+    if plan.generator == "seed":
+        return (
+            "Noise and samples follow from the run's seed, as in any simulation: whoever knows the "
+            "seed can take them off."
+        )
+    return (
+        "Noise and samples come from a key of the operating system's generator, which whoever runs "
+        "the simulation holds and nobody else may."
     )

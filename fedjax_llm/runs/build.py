@@ -39,7 +39,7 @@ from fedjax_llm.federation.shares import mechanism_and_bits
 from fedjax_llm.federation.state import init_state
 from fedjax_llm.lora import LoraConfig
 from fedjax_llm.models import Model, load_model
-from fedjax_llm.privacy import PrivacyPlan
+from fedjax_llm.privacy import PrivacyPlan, secret_key
 from fedjax_llm.privacy.weights import Weights as PlanWeights
 from fedjax_llm.privacy.weights import check_weights
 from fedjax_llm.runs import plans
@@ -321,8 +321,17 @@ def sum_mode(run_file: RunFile, base: Model) -> SumMode:
     return Selective(hidden, chosen)
 
 
-def federation(run_file: RunFile, base: Model, data: list[Corpus]) -> Federation:
-    """Builds the federation; runs the key ceremony when the sum is encrypted."""
+def federation(
+    run_file: RunFile, base: Model, data: list[Corpus], secret: bytes | None = None
+) -> Federation:
+    """Builds the federation; runs the key ceremony when the sum is encrypted.
+
+    Args:
+        run_file: the settings.
+        base: the model.
+        data: of each cloud.
+        secret: root of noise and samples with [privacy] generator = "system".
+    """
     training, secure = run_file.training, run_file.secure
     examples = [rows for corpus in data for rows in corpus.client_rows]
     at_once = training.clients_at_once
@@ -352,6 +361,7 @@ def federation(run_file: RunFile, base: Model, data: list[Corpus]) -> Federation
         attackers=attackers(run_file),
         measure_error=run_file.evaluation.aggregation_error,
         seed=run_file.seed,
+        noise_key=None if secret is None else secret_key(secret),
         dtype=jnp.dtype(run_file.model.dtype),
         remat=training.remat,
         evaluation_microbatch=run_file.evaluation.microbatch,

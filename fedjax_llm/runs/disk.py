@@ -12,8 +12,13 @@ from fedjax_llm.errors import UserError
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
-def atomic_write(path: Path, content: bytes | str) -> None:
+def atomic_write(path: Path, content: bytes | str, mode: int = 0o666) -> None:
     """Replaces a file as a whole: after a crash it holds the old bytes or the new ones.
+
+    Args:
+      path: the file.
+      content: of it.
+      mode: permissions, less the process's mask.
 
     Raises:
       UserError: the disk is full; the old file is intact.
@@ -24,7 +29,9 @@ def atomic_write(path: Path, content: bytes | str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with full_disk_is_a_user_error(path):
         try:
-            with temporary.open("wb") as file:
+            temporary.unlink(missing_ok=True)  # it might have other permissions
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+            with os.fdopen(descriptor, "wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())

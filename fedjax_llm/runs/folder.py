@@ -4,6 +4,7 @@ run.toml         the resolved run file          metrics.jsonl   one line per rou
 summary.json     the result                     checkpoints/    orbax, the last few rounds
 report.html      the result, to look at         tensorboard/    the same scalars
 format           the version of this layout     opened.json     whose sum was opened last
+noise.key        secret root of noise and samples, where the run file asks for one
 .lock            held by the process that writes
 """
 
@@ -18,9 +19,10 @@ from fedjax_llm.errors import UserError
 from fedjax_llm.runs import disk
 
 FORMAT = 1
+_SECRET_BYTES = 32
 _FORMAT_LINE = "fedjax-llm run folder, format {}\n"
 # What a run leaves that ended before its first round; it is no result, so a new run may take it.
-_SKELETON = {".lock", "run.toml", "format", "tensorboard", "checkpoints"}
+_SKELETON = {".lock", "run.toml", "format", "tensorboard", "checkpoints", "noise.key"}
 
 
 @dataclass
@@ -65,6 +67,30 @@ class RunFolder:
         # Last, because it is what makes the folder a run.
         disk.atomic_write(path / "format", _FORMAT_LINE.format(FORMAT))
         return folder
+
+    def noise_secret(self) -> bytes:
+        """The secret root of the run's noise, made by the first process and kept.
+
+        A round that is repeated after a crash has to add the same noise again: with other noise the
+        same sum would be released twice.
+
+        Raises:
+          UserError: the file is damaged, or gone from a run that has begun.
+        """
+        file = self.path / "noise.key"
+        try:
+            secret = file.read_bytes()
+        except FileNotFoundError:
+            if _has_checkpoint(self.path):
+                raise UserError(
+                    f"{file} is gone, and with it the noise of this run: a round run again would "
+                    "be released under other noise; begin a new run"
+                ) from None
+            secret = os.urandom(_SECRET_BYTES)
+            disk.atomic_write(file, secret, mode=0o600)
+        if len(secret) != _SECRET_BYTES:
+            raise UserError(f"{file} is damaged: {len(secret)} bytes, not {_SECRET_BYTES}")
+        return secret
 
     @classmethod
     def open(cls, path: str | Path, *, write: bool = False) -> Self:

@@ -62,7 +62,8 @@ def run(run_file: RunFile, folder: RunFolder, *, on_event: OnEvent = ignore) -> 
     corpora = build.corpora(run_file, base, on_event)
     identity = fingerprint.of(run_file, base, corpora)
     on_event(Stage("sum" if run_file.secure.sum == "plain" else "keys"))
-    federation = build.federation(run_file, base, corpora)
+    secret = folder.noise_secret() if _secret_noise(run_file) else None
+    federation = build.federation(run_file, base, corpora, secret)
     plan = federation.plan
     on_event(Note(federation.statement()))
     on_event(Note(plan.statement()))
@@ -145,6 +146,10 @@ def resume(path: Path, *, on_event: OnEvent = ignore) -> Summary:
         on_event(Stage("report"))
         report.write(folder)
         return result
+
+
+def _secret_noise(run_file: RunFile) -> bool:
+    return run_file.privacy.unit != "none" and run_file.privacy.generator == "system"
 
 
 def _attack_statement(attack: AttackSection) -> str:

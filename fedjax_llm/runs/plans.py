@@ -51,6 +51,7 @@ def plan(
         "adaptive": adaptive(run_file),
         "adjacency": privacy.adjacency,
         "clip_norm_from": privacy.clip_norm_from,
+        "generator": privacy.generator,
         "budget": privacy.budget,
     }
     if privacy.unit == "client":

@@ -40,7 +40,8 @@ class PrivacySection(Section):
     (rounds, for unit client). `clip_norm_from` = "data" owns up to a norm that was tuned on the
     private data, which is refused. `clip` "per-factor" and "per-layer" part the clip norm evenly
     between the A and B factors, or among layers, for units example and user. A run stops before it
-    would exceed `budget`, an epsilon.
+    would exceed `budget`, an epsilon. `generator` "system" takes noise and samples from a secret
+    key in the run folder instead of the seed; without it nobody can repeat them or take them off.
     """
 
     unit: Literal["none", "example", "user", "client"] = "none"
@@ -63,6 +64,7 @@ class PrivacySection(Section):
     dropouts: Annotated[int, Field(ge=0)] = 0
     colluding: Annotated[int, Field(ge=0)] = 0
     adjacency: Literal["add-remove", "replace"] = "add-remove"
+    generator: Literal["seed", "system"] = "seed"
     budget: Positive | None = None
 
     @model_validator(mode="after")

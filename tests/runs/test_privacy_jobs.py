@@ -257,3 +257,46 @@ def test_ways_to_clip_run_by_their_names(
     assert records[-1]["epsilon"] == pytest.approx(plan_of(jobs, *settings).epsilon(1))
     # The folder can be read without building the federation.
     assert jobs.here("export", out, "--merged", tmp_path / "model") == 0
+
+
+def test_secret_noise_repeats_within_a_run_and_in_no_other(jobs: Jobs, tmp_path: Path) -> None:
+    """A stopped run goes on under the same noise; another run of the same seed has its own."""
+    settings = (
+        "rounds=2",
+        "privacy.unit=example",
+        "privacy.noise_multiplier=1.0",
+        "privacy.generator=system",
+        "secure.sum=plain",
+    )
+    run(jobs, tmp_path / "whole", *settings)
+    secret = tmp_path / "whole" / "noise.key"
+    assert len(secret.read_bytes()) == 32 and secret.stat().st_mode & 0o777 == 0o600
+    out = tmp_path / "stopped"
+    one = plan_of(jobs, *settings).epsilon(1)
+    run(jobs, out, *settings, f"privacy.budget={one * 1.0001}")
+    assert jobs.state(out) != jobs.state(tmp_path / "whole")
+    first = (out / "noise.key").read_bytes()
+    toml = out / "run.toml"
+    toml.write_text(re.sub(r"budget = [0-9.]+", "budget = 1000.0", toml.read_text()))
+    assert jobs.here("resume", out) == 0
+    assert (out / "noise.key").read_bytes() == first != secret.read_bytes()
+    assert jobs.state(out) != jobs.state(tmp_path / "whole")
+    statement = json.loads((out / "summary.json").read_text())["privacy_statement"]
+    assert "operating system's generator" in statement and "run's seed" not in statement
+
+
+def test_a_run_that_lost_its_noise_key_does_not_go_on(
+    jobs: Jobs, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    settings = ("privacy.generator=system", "privacy.noise_multiplier=1.0", "secure.sum=plain")
+    run(jobs, out, "rounds=1", *settings)
+    toml = out / "run.toml"
+    toml.write_text(toml.read_text().replace("rounds = 1", "rounds = 2", 1))
+    (out / "noise.key").unlink()
+    capfd.readouterr()
+    assert jobs.here("resume", out) == 2
+    assert "noise.key is gone" in capfd.readouterr().err
+    (out / "noise.key").write_bytes(b"short")
+    assert jobs.here("resume", out) == 2
+    assert "is damaged: 5 bytes, not 32" in capfd.readouterr().err

@@ -76,20 +76,15 @@ def split_noise(noise_multiplier: float, count_stddev: float) -> float:
     for name, value in (("noise multiplier", noise_multiplier), ("count_stddev", count_stddev)):
         if not 0 < value < math.inf:
             raise UserError(f"{name} must be positive and finite, got {value:g}")
-    # As a product of a difference and a sum: z^-2 - (2 sigma_b)^-2 would cancel.
-    twice = 2 * count_stddev
-    left = (twice - noise_multiplier) * (twice + noise_multiplier)
+    # 1 - (z / 2 sigma_b)^2 as a product, which does not cancel; by quotients, which do not overflow.
+    half = noise_multiplier / 2
+    left = (count_stddev - half) / count_stddev * (1 + half / count_stddev)
     if not left > 0:
         raise UserError(
             f"count_stddev must be above half the noise multiplier {noise_multiplier:g}, got "
             f"{count_stddev:g}: the count alone would cost more than the whole; raise count_stddev"
         )
-    split = noise_multiplier * (twice / math.sqrt(left))
-    if not split < math.inf:
-        raise UserError(
-            f"count_stddev {count_stddev:g} leaves no finite noise for the sum; raise it"
-        )
-    return split * (1 + 2.0**-50)
+    return noise_multiplier / math.sqrt(left) * (1 + 2.0**-50)
 
 
 @dataclass(frozen=True)

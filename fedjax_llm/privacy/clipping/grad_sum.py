@@ -110,7 +110,7 @@ def clipped_grad_sum(
     | every weight 0                   | a sum of zeros, loss 0                             |
     | non-finite gradient of an example| contributes zeros (in the groups that hold it); \
 counted in `clipped` and `weight`|
-    | norm above 3.4e38                | "vmap": scaled; "ghost": contributes zeros         |
+    | norm above 2^126 bounds, or 3.4e38 | "vmap": scaled; "ghost": contributes zeros       |
     | non-finite loss of an example    | `loss` is non-finite; the sum is not affected      |
 
     Args:
