@@ -31,7 +31,16 @@ if TYPE_CHECKING:
     from fedjax_llm.models import generate as generate
     from fedjax_llm.models import get_model as get_model
     from fedjax_llm.models import load_model as load_model
+    from fedjax_llm.privacy import AdaptiveClip as AdaptiveClip
+    from fedjax_llm.privacy import Banded as Banded
+    from fedjax_llm.privacy import Buffered as Buffered
+    from fedjax_llm.privacy import DiscreteGaussianShares as DiscreteGaussianShares
+    from fedjax_llm.privacy import LambdaCgd as LambdaCgd
+    from fedjax_llm.privacy import PerFactor as PerFactor
+    from fedjax_llm.privacy import PerLayer as PerLayer
     from fedjax_llm.privacy import PrivacyPlan as PrivacyPlan
+    from fedjax_llm.privacy import SkellamShares as SkellamShares
+    from fedjax_llm.privacy import secret_key as secret_key
     from fedjax_llm.training import Drift as Drift
     from fedjax_llm.training import ExamplePrivacy as ExamplePrivacy
     from fedjax_llm.training import LocalTraining as LocalTraining
@@ -65,6 +74,15 @@ _HOMES = {
     "get_model": "models",
     "load_corpus": "data",
     "load_model": "models",
+    "AdaptiveClip": "privacy",
+    "Banded": "privacy",
+    "Buffered": "privacy",
+    "DiscreteGaussianShares": "privacy",
+    "LambdaCgd": "privacy",
+    "PerFactor": "privacy",
+    "PerLayer": "privacy",
+    "SkellamShares": "privacy",
+    "secret_key": "privacy",
 }
 
 __all__ = sorted(_HOMES)

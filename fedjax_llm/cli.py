@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedjax_llm.errors import FedJaxError, UserError
+from fedjax_llm.errors import FedJaxError, Refused, UserError
 
 if TYPE_CHECKING:
     from fedjax_llm.runs.events import Event, OnEvent
@@ -121,6 +121,25 @@ def epsilon(
     typer.echo(plan.statement())
     for line in planned.answers(plan, target, budget):
         typer.echo(line)
+
+
+@app.command()
+def audit(
+    path: RunFolderPath,
+    canaries: Annotated[int, typer.Option("--canaries", min=8, help="Coins to toss.")] = 500,
+    rows: Annotated[int, typer.Option("--rows", min=1, help="Real rows among them.")] = 64,
+    inversion: Annotated[
+        bool, typer.Option("--inversion", help="Attack the text of one row as well.")
+    ] = False,
+) -> None:
+    """Bound the epsilon of a run from below, by canaries in a twin of it."""
+    from fedjax_llm.runs import auditing
+
+    found = auditing.audit_folder(path, canaries, rows, inversion, on_event=_print_notes)
+    if not found.report.consistent:
+        raise Refused(
+            f"{path} does not keep its promise: {found.report}; do not release it, and report this"
+        )
 
 
 @app.command()

@@ -157,6 +157,38 @@ def _figure(
     return _themed(buffer.getvalue(), name)
 
 
+def bounds(lower: float, upper: float) -> str:
+    """One axis of epsilon from 0 to the larger bound: what an audit proves and what is promised."""
+    last = max(lower, upper) or 1.0
+    left, width = 14, 572
+
+    def place(value: float) -> float:
+        return left + width * value / last
+
+    def mark(value: float, words: str, colour: str, y: int) -> str:
+        x = place(value)
+        third = int(3 * (x - left) / (width + 1))
+        anchor = ("start", "middle", "end")[third]
+        return (
+            f'<line x1="{x:.1f}" x2="{x:.1f}" y1="30" y2="54" stroke="{colour}" stroke-width="3"/>'
+            f'<text x="{x:.1f}" y="{y}" text-anchor="{anchor}" fill="var(--ink)" '
+            f'font-size="13">{words} {value:.2f}</text>'
+        )
+
+    first, second = sorted((lower, upper))
+    between = place(second) - place(first)
+    return (
+        '<svg viewBox="0 0 600 84" xmlns="http://www.w3.org/2000/svg">'
+        f'<line x1="{left}" x2="{left + width}" y1="42" y2="42" stroke="var(--grid)" '
+        'stroke-width="2"/>'
+        f'<rect x="{place(first):.1f}" y="37" width="{between:.1f}" height="10" '
+        'fill="var(--series-0)" opacity="0.25"/>'
+        + mark(lower, "at least", "var(--series-1)", 20)
+        + mark(upper, "at most", "var(--series-0)", 74)
+        + "</svg>"
+    )
+
+
 def _themed(svg: str, name: str) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)

@@ -5,6 +5,7 @@ summary.json     the result                     checkpoints/    orbax, the last 
 report.html      the result, to look at         tensorboard/    the same scalars
 format           the version of this layout     opened.json     whose sum was opened last
 noise.key        secret root of noise and samples, where the run file asks for one
+audit.json       lower bound on epsilon, where the run has been audited
 .lock            held by the process that writes
 """
 

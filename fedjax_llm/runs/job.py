@@ -15,6 +15,7 @@ from fedjax_llm.errors import Refused, UserError
 from fedjax_llm.federation import Federation, FederationState, RoundReport
 from fedjax_llm.models import Model, generate
 from fedjax_llm.runs import (
+    auditing,
     build,
     fingerprint,
     machine,
@@ -116,6 +117,10 @@ def run(run_file: RunFile, folder: RunFolder, *, on_event: OnEvent = ignore) -> 
                 _finish_round(folder, checkpoints, board, state, record, identity, on_event)
     finally:
         checkpoints.close()
+
+    if run_file.audit is not None:
+        on_event(Stage("audit"))
+        auditing.record(folder, run_file, base, corpora, state, on_event)
 
     result = summary.summarise(
         metrics.read(folder.metrics),

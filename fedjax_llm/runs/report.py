@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedjax_llm.errors import UserError
-from fedjax_llm.runs import figures, metrics, summary, text
+from fedjax_llm.runs import audit_file, figures, metrics, summary, text
 from fedjax_llm.runs.folder import RunFolder
 
 # Stage of a round -> what a reader calls it; the order is that of the stacked bar.
@@ -53,6 +53,7 @@ def render(folder: RunFolder) -> str:
     run_toml = folder.run_toml.read_text()
     settings = tomllib.loads(run_toml)
     result = summary.read(folder.summary)
+    audited = audit_file.read(folder)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("fedjax_llm.runs", "templates"),
         autoescape=True,
@@ -73,7 +74,8 @@ def render(folder: RunFolder) -> str:
         planned_rounds=settings["rounds"],
         settings=settings,
         records=records,
-        charts=_charts(records),
+        charts=_charts(records) | {"bounds": _bounds(audited)},
+        audit=audited,
         shares=_shares(records),
         change=_change,
         aggregation=_aggregation(settings, records),
@@ -94,6 +96,15 @@ def _charts(records: list[metrics.RoundRecord]) -> dict[str, Any]:
     }
     # Matplotlib has escaped every text in its SVG; anything else stays subject to autoescape.
     return {name: markupsafe.Markup(svg) if svg else None for name, svg in drawn.items()}
+
+
+def _bounds(audited: dict[str, Any] | None) -> Any:
+    import markupsafe
+
+    if audited is None:
+        return None
+    found = audited["report"]
+    return markupsafe.Markup(figures.bounds(found["lower_bound"], found["upper_bound"]))
 
 
 def _shares(records: list[metrics.RoundRecord]) -> list[Share]:

@@ -131,3 +131,19 @@ class PrivacySection(Section):
         for key, (idle, what) in unread.items():
             if idle and getattr(self, key) != PrivacySection.model_fields[key].default:
                 raise problem((key,), f"goes with {what}; remove it", got=False)
+
+
+def no_audit(privacy: PrivacySection) -> str | None:
+    """Why no audit is written for these settings, with the cure; None if one is."""
+    reasons = {
+        'unit "none" promises nothing': privacy.unit == "none",
+        f'noise "{privacy.noise}" is not independent Gaussian noise': privacy.noise != "gaussian",
+        f"a period of {privacy.period} gives turns": privacy.period != 1,
+        "the clip norm is adaptive": privacy.adaptive is not None,
+        'adjacency is "replace"': privacy.adjacency == "replace",
+    }
+    why = next((reason for reason, there in reasons.items() if there), None)
+    return why and (
+        f'{why}; audits take a unit, noise = "gaussian", period = 1, a fixed clip norm and '
+        "neighbours that are added or removed"
+    )

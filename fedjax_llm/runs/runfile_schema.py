@@ -11,7 +11,7 @@ from fedjax_llm.runs.runfile_aggregation import (
     check_attack,
 )
 from fedjax_llm.runs.runfile_errors import problem
-from fedjax_llm.runs.runfile_privacy import PrivacySection
+from fedjax_llm.runs.runfile_privacy import PrivacySection, no_audit
 from fedjax_llm.runs.runfile_secure import SecureSection, check_secure
 from fedjax_llm.runs.runfile_types import (
     Count,
@@ -91,6 +91,18 @@ class EvaluationSection(Section):
     aggregation_error: bool = True
 
 
+class AuditSection(Section):
+    """[audit]: after the last round, a twin of the run with `canaries` bounds epsilon from below.
+
+    `rows` real rows of one cloud stand among them, at most. `inversion` attacks the text of one row
+    from its gradient as well, without protection and with that of the run (units example, user).
+    """
+
+    canaries: Annotated[int, Field(ge=8)] = 500
+    rows: Count = 64
+    inversion: bool = False
+
+
 class CheckpointSection(Section):
     """[checkpoint]: every round is checkpointed; the last `keep` are kept."""
 
@@ -157,6 +169,7 @@ class RunFile(Section):
     evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()
     attack: AttackSection | None = None
+    audit: AuditSection | None = None
     clouds: Annotated[tuple[Cloud, ...], Field(strict=False, min_length=1)]
 
     @model_validator(mode="after")
@@ -168,6 +181,8 @@ class RunFile(Section):
         check_aggregation(self.aggregation, self.training.local_steps, self.secure.sum)
         check_attack(self.attack, names, self.privacy.unit)
         self._check_unread()
+        if self.audit is not None and (why := no_audit(self.privacy)) is not None:
+            raise problem(("audit",), f"has nothing to audit: {why}", got=False)
         for index, cloud in enumerate(self.clouds):
             for key, own, whole, section in (
                 ("rank", cloud.rank, self.adapter.rank, "adapter"),

@@ -47,13 +47,19 @@ def loss_of(model, adapter, remat=False, dtype=jnp.float32):
     return loss
 
 
-@pytest.mark.parametrize("sides", [("a", "b"), ("b",), ("a",)])
-@pytest.mark.parametrize("clip", [0.02, 100.0])
-def test_agrees_with_vmap_on_the_decoder(model, sides, clip):
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("sides", "kinds"),
+    [
+        (("a", "b"), [Joint(0.02), PerFactor(0.02, 0.04), PerLayer.even(0.02, 5)]),
+        (("b",), [Joint(100.0), PerFactor(0.04, 0.02)]),
+        (("a",), [PerLayer.even(100.0, 5)]),
+    ],
+)
+def test_agrees_with_vmap_on_the_decoder(model, sides, kinds):
     adapter, part, rows = setting(model, sides)
-    layers = jax.tree.leaves(part)[0].shape[0]
     weights = jnp.array([1.0, 1.0, 1.0, 0.0])
-    for kind in (Joint(clip), PerFactor(clip, 2 * clip), PerLayer.even(clip, layers)):
+    for kind in kinds:
         found = {
             method: jax.jit(
                 functools.partial(
@@ -64,7 +70,7 @@ def test_agrees_with_vmap_on_the_decoder(model, sides, clip):
         }
         (plain, stats), (other, others) = found["vmap"], found["ghost"]
         jax.tree.map(
-            lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-3, atol=1e-5 * clip), plain, other
+            lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-3, atol=1e-5), plain, other
         )
         assert (stats.clipped, stats.weight) == (others.clipped, others.weight)
         assert float(stats.loss) == pytest.approx(float(others.loss), rel=1e-5)

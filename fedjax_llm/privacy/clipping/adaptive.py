@@ -76,7 +76,7 @@ def split_noise(noise_multiplier: float, count_stddev: float) -> float:
     for name, value in (("noise multiplier", noise_multiplier), ("count_stddev", count_stddev)):
         if not 0 < value < math.inf:
             raise UserError(f"{name} must be positive and finite, got {value:g}")
-    # 1 - (z / 2 sigma_b)^2 as a product, which does not cancel; by quotients, which do not overflow.
+    # 1 - (z / 2 sigma_b)^2: as a product it does not cancel, by quotients it does not overflow.
     half = noise_multiplier / 2
     left = (count_stddev - half) / count_stddev * (1 + half / count_stddev)
     if not left > 0:
