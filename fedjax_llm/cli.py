@@ -128,14 +128,24 @@ def audit(
     path: RunFolderPath,
     canaries: Annotated[int, typer.Option("--canaries", min=8, help="Coins to toss.")] = 500,
     rows: Annotated[int, typer.Option("--rows", min=1, help="Real rows among them.")] = 64,
+    full: Annotated[
+        bool, typer.Option("--full", help="All take part in every step of the twin.")
+    ] = False,
+    rounds: Annotated[
+        int | None, typer.Option("--rounds", min=1, help="Of the twin; the run's if left out.")
+    ] = None,
     inversion: Annotated[
         bool, typer.Option("--inversion", help="Attack the text of one row as well.")
     ] = False,
 ) -> None:
     """Bound the epsilon of a run from below, by canaries in a twin of it."""
     from fedjax_llm.runs import auditing
+    from fedjax_llm.runs.runfile_schema import AuditSection
 
-    found = auditing.audit_folder(path, canaries, rows, inversion, on_event=_print_notes)
+    asked = AuditSection(
+        canaries=canaries, rows=rows, full=full, rounds=rounds, inversion=inversion
+    )
+    found = auditing.audit_folder(path, asked, on_event=_print_notes)
     if not found.report.consistent:
         raise Refused(
             f"{path} does not keep its promise: {found.report}; do not release it, and report this"

@@ -93,10 +93,7 @@ def audit(
     corpora: list[Corpus],
     server: ServerState,
     rounds: int,
-    *,
-    canaries: int,
-    rows: int,
-    inversion: bool = False,
+    asked: AuditSection,
 ) -> RunAudit:
     """Audits a run.
 
@@ -106,9 +103,7 @@ def audit(
         corpora: its data.
         server: its last state; an inversion attack begins there.
         rounds: that it ran.
-        canaries: coins that are tossed.
-        rows: real rows of the cloud among the canaries, at most.
-        inversion: whether the text of one message is attacked as well.
+        asked: how it is audited.
 
     Raises:
         UserError: there is no unit, or the plan is of a kind that no audit is written for.
@@ -119,15 +114,15 @@ def audit(
     plan = build.plan(run_file, units, base)
     spent = plan.report(rounds).epsilon
     if plan.unit == "client":
-        found, about = _clients(run_file, server, plan, rounds, canaries)
+        found, about = _clients(run_file, server, plan, asked.rounds or rounds, asked)
         return RunAudit(found, spent, about)
-    found, about = _examples(run_file, base, corpora, server, plan, rounds, canaries, rows)
-    reads = _inversion(run_file, base, corpora, server, plan) if inversion else ()
+    found, about = _examples(run_file, base, corpora, server, plan, asked.rounds or rounds, asked)
+    reads = _inversion(run_file, base, corpora, server, plan) if asked.inversion else ()
     return RunAudit(found, spent, about, reads)
 
 
 def _clients(
-    run_file: RunFile, server: ServerState, plan: PrivacyPlan, rounds: int, canaries: int
+    run_file: RunFile, server: ServerState, plan: PrivacyPlan, rounds: int, asked: AuditSection
 ) -> tuple[AuditReport, str]:
     rule = build.rule(run_file)
     message = rule.messages(jax.eval_shape(lambda: server), 0)[0][0]
@@ -139,15 +134,18 @@ def _clients(
     )
     report = audit_clients(
         messages,
-        canaries=canaries,
+        canaries=asked.canaries,
         rounds=rounds,
         clip_norm=plan.clip_norm,
         noise_multiplier=plan.noise_multiplier,
-        delta=min(plan.delta, 0.5 / (clients + canaries)),
-        rate=plan.sampler.rates[0],
+        delta=min(plan.delta, 0.5 / (clients + asked.canaries)),
+        rate=1.0 if asked.full else plan.sampler.rates[0],
         seed=run_file.seed,
     )
-    return report, f"audit of the noised sum, {rounds} rounds of {clients} stand-ins and canaries"
+    return report, (
+        f"audit of the noised sum over {rounds} rounds of {clients} stand-ins and {asked.canaries} "
+        f"canaries, {_sampled(asked, plan.sampler.rates[0])}"
+    )
 
 
 def _examples(
@@ -157,18 +155,18 @@ def _examples(
     server: ServerState,
     plan: PrivacyPlan,
     rounds: int,
-    canaries: int,
-    most: int,
+    asked: AuditSection,
 ) -> tuple[AuditReport, str]:
     # The cloud whose examples the accountant says most about.
     owners = [corpus for corpus in corpora for _ in corpus.client_rows]
     rate = max(plan.sampler.rates)
     corpus = owners[plan.sampler.rates.index(rate)]
-    own: Batch = jax.tree.map(lambda leaf: jnp.asarray(leaf[:most]), corpus.train)
+    own: Batch = jax.tree.map(lambda leaf: jnp.asarray(leaf[: asked.rows]), corpus.train)
     real = own.tokens_BxT.shape[0]
+    rows = real + asked.canaries
     training = build.local_training(run_file, base)
     # The same rate as in the run, so that the same epsilon is promised.
-    batch = max(1, round(rate * (real + canaries)))
+    batch = rows if asked.full else max(1, round(rate * rows))
     training = replace(
         training, batch_size=batch, microbatch=min(training.microbatch, batch), drift=Drift()
     )
@@ -180,19 +178,24 @@ def _examples(
         part,
         own,
         training,
-        canaries=canaries,
+        canaries=asked.canaries,
         rounds=rounds,
-        delta=min(plan.delta, 0.5 / (real + canaries)),
+        delta=min(plan.delta, 0.5 / rows),
         seed=run_file.seed,
     )
     if plan.unit == "user":
         report = replace(report, unit="user")
     steps = rounds * training.steps
-    about = (
-        f"audit of a twin of {corpus.name!r}: {steps} steps on {real} of its rows and {canaries} "
-        f"canaries, sampled at rate {batch / (real + canaries):.3g} like the run"
+    return report, (
+        f"audit of a twin of {corpus.name!r}: {steps} steps on {real} of its rows and "
+        f"{asked.canaries} canaries, {_sampled(asked, batch / rows)}"
     )
-    return report, about
+
+
+def _sampled(asked: AuditSection, rate: float) -> str:
+    if asked.full:
+        return "all of which take part in every step, unlike in the run: more can be seen"
+    return f"sampled at rate {rate:.3g} like the run"
 
 
 def _start(rule: AggregationRule, server: ServerState, run_file: RunFile) -> PyTree:
@@ -249,16 +252,12 @@ def _inversion(
     return tuple(found)
 
 
-def audit_folder(
-    path: Path, canaries: int, rows: int, inversion: bool, *, on_event: OnEvent = ignore
-) -> RunAudit:
+def audit_folder(path: Path, asked: AuditSection, *, on_event: OnEvent = ignore) -> RunAudit:
     """Audits the run in a folder, whose last state it loads, and writes the report again.
 
     Args:
         path: of the folder.
-        canaries: see `audit`.
-        rows: see `audit`.
-        inversion: see `audit`.
+        asked: how it is audited.
         on_event: is told of stages and findings.
 
     Raises:
@@ -267,7 +266,6 @@ def audit_folder(
     """
     with RunFolder.open(path, write=True) as folder:
         run_file = runfile.load(folder.run_toml)
-        asked = AuditSection(canaries=canaries, rows=rows, inversion=inversion)
         run_file = run_file.model_copy(update={"audit": asked})
         base = build.model(run_file, on_event)
         corpora = build.corpora(run_file, base, on_event)
@@ -301,9 +299,7 @@ def record(
         list(corpora),
         state.server,
         int(state.round),
-        canaries=section.canaries,
-        rows=section.rows,
-        inversion=section.inversion,
+        section,
     )
     audit_file.write(folder, found.as_dict())
     for line in found.lines():

@@ -160,7 +160,7 @@ def _figure(
 def bounds(lower: float, upper: float) -> str:
     """One axis of epsilon from 0 to the larger bound: what an audit proves and what is promised."""
     last = max(lower, upper) or 1.0
-    left, width = 14, 572
+    left, width = 14, 912
 
     def place(value: float) -> float:
         return left + width * value / last
@@ -178,7 +178,7 @@ def bounds(lower: float, upper: float) -> str:
     first, second = sorted((lower, upper))
     between = place(second) - place(first)
     return (
-        '<svg viewBox="0 0 600 84" xmlns="http://www.w3.org/2000/svg">'
+        '<svg viewBox="0 0 940 84" xmlns="http://www.w3.org/2000/svg">'
         f'<line x1="{left}" x2="{left + width}" y1="42" y2="42" stroke="var(--grid)" '
         'stroke-width="2"/>'
         f'<rect x="{place(first):.1f}" y="37" width="{between:.1f}" height="10" '

