@@ -42,7 +42,7 @@ from fedjax_llm.federation.tables import Participant, check_participants
 from fedjax_llm.federation.wire_sizes import WireSizes
 from fedjax_llm.lora import Adapter, LoraConfig, add_dense, init_adapter
 from fedjax_llm.models import Model, loss
-from fedjax_llm.privacy import PrivacyPlan
+from fedjax_llm.privacy import PrivacyPlan, is_secret
 from fedjax_llm.privacy.integer_noise import NoiseTable
 from fedjax_llm.training import LocalTraining
 
@@ -120,6 +120,11 @@ class Federation:
         self._training = training
         public = seed_key(seed)
         self._seed = public if noise_key is None else Seeds(public, noise_key)
+        if noise_key is not None and not is_secret(noise_key):
+            raise Refused(
+                "the noise key is one of JAX's own, of 64 bits or fewer; make it with "
+                "privacy.secret_key"
+            )
         if (plan.generator == "system") != (noise_key is not None):
             raise Refused(
                 f"the plan says that noise comes from the {plan.generator}, and the federation has "
@@ -204,7 +209,10 @@ class Federation:
                 control=training.drift.control,
                 bits=value_bits,
             )
-            check_integer(plan, done, count, hidden=not isinstance(sum_mode, Plain))
+            check_integer(plan, done, self.participants, sum_mode)
+            for number in sorted(set[int]().union(*(p.offline_rounds for p in participants))):
+                if number <= plan.allowed_rounds:
+                    check_online(done, int(roster.online(number).sum()), number)
             noise = table_of(done, plan.noise_multiplier)
         self._programs = tuple(
             RoundPrograms(self._recipe, phase, self._codecs(shapes, phase, max_norm, bits, noise))

@@ -1,6 +1,7 @@
 """What a federation promises against what it does: a difference is refused before it runs."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,7 +10,7 @@ from fedjax_llm.aggregation import AggregationRule, NormalisedMean
 from fedjax_llm.aggregation.attacks import READ_OTHERS, Attack
 from fedjax_llm.aggregation.robust import Combine, GroupRobust
 from fedjax_llm.errors import Refused, UserError
-from fedjax_llm.federation.sums import Selective, SumMode
+from fedjax_llm.federation.sums import Plain, Selective, SumMode, majority
 from fedjax_llm.federation.tables import Participant, sampler_of
 from fedjax_llm.privacy import IntegerMechanism, PrivacyPlan, check_weights
 from fedjax_llm.privacy.weights import Weights as WeightKind
@@ -37,8 +38,8 @@ def check_selective(plan: PrivacyPlan, sum_mode: SumMode, rule: AggregationRule)
 
     | plan | result |
     |---|---|
-    | unit `example` with a certified epsilon | passes |
-    | unit `example`, noise too small to be accounted for | Refused |
+    | unit `example` or `user` with a certified epsilon | passes |
+    | unit `example` or `user`, noise too small to be accounted for | Refused |
     | unit `client`: its noise is added after the sum | Refused |
     | unit `none` | Refused |
     """
@@ -49,7 +50,7 @@ def check_selective(plan: PrivacyPlan, sum_mode: SumMode, rule: AggregationRule)
             f"rule {rule.name!r} sends other things in other rounds, and a selection is of one; "
             "encrypt everything, or choose another rule"
         )
-    if plan.unit != "example":
+    if plan.unit not in ("example", "user"):
         why = (
             "the noise of unit client is added after the sum"
             if plan.unit == "client"
@@ -273,34 +274,67 @@ def check_correlation(plan: PrivacyPlan, rule: AggregationRule) -> None:
         )
 
 
-def check_integer(plan: PrivacyPlan, done: IntegerMechanism, clients: int, hidden: bool) -> None:
-    """Refuses integer noise that is not what the plan accounts for.
+def check_integer(
+    plan: PrivacyPlan, done: IntegerMechanism, participants: Sequence[Participant], mode: SumMode
+) -> None:
+    """Refuses integer noise that is not what the plan accounts for, or not enough for who sees it.
 
     Args:
         plan: what is promised; with integer noise.
         done: what the messages of the run amount to.
-        clients: that send.
-        hidden: whether the sum hides single messages.
+        participants: the clients.
+        mode: of the sum.
 
     Raises:
-        Refused: shares that are not enough for what the server reads, or other than planned.
+        Refused: shares that are not enough for what the server or colluding clients read, or other
+            than planned.
     """
+    shares = done.shares
     if done != plan.integer:
         raise Refused(
             f"messages are noised by {done}, the plan accounts for {plan.integer}; its epsilon "
             "would be wrong"
         )
-    if done.shares.clients != clients:
+    if shares.clients != len(participants):
         raise Refused(
-            f"the noise is planned for {done.shares.clients} clients, there are {clients}"
+            f"the noise is planned for {shares.clients} clients, there are {len(participants)}"
         )
-    if plan.trust == "distributed" and not hidden:
+    if plan.trust == "local":
+        if shares.counted != 1:
+            raise Refused(
+                f'with trust "local" each share is the whole noise, and these are 1/'
+                f"{shares.counted} of it; count {len(participants) - 1} dropouts"
+            )
+        return
+    if isinstance(mode, Plain | Selective):
         raise Refused(
-            "with the plain sum the server reads each message under its own share of the noise, "
-            'which is too little; choose an encrypted sum, or trust "local"'
+            "the server reads each message, or a part of it, under its own share of the noise, "
+            'which is too little; encrypt everything, or choose trust "local"'
         )
-    if plan.trust == "local" and done.shares.counted != 1:
+    clouds = Counter(participant.cloud.name for participant in participants)
+    threshold = majority(len(clouds)) if mode.threshold is None else mode.threshold
+    if shares.colluding >= threshold:
         raise Refused(
-            f'with trust "local" each share is the whole noise, and these are 1/'
-            f"{done.shares.counted} of it; count {clients - 1} dropouts"
+            f"{shares.colluding} colluding clients can be {threshold} clouds, who open single "
+            "messages, each with one share of the noise; raise the threshold, or count fewer"
         )
+    least = fewest_clouds(list(clouds.values()), shares.dropouts)
+    if mode.minimum_clients < least:
+        raise Refused(
+            f"sums of {mode.minimum_clients} clouds may be opened, and the noise is planned for "
+            f"those of {least} or more; raise minimum_clients to that, or plan for more dropouts"
+        )
+
+
+def fewest_clouds(sizes: Sequence[int], dropouts: int) -> int:
+    """The fewest clouds whose loss of the others is within so many clients.
+
+    >>> fewest_clouds([1, 1, 1], 1), fewest_clouds([3, 1, 1], 2), fewest_clouds([3, 3], 2)
+    (2, 1, 2)
+    """
+    lost = 0
+    for count, size in enumerate(sorted(sizes)):
+        lost += size
+        if lost > dropouts:
+            return max(len(sizes) - count, 1)
+    return 1

@@ -1,5 +1,6 @@
 """The clients' integer noise: the steps it is measured in, and the table that shares come from."""
 
+import math
 from typing import Any
 
 import jax
@@ -63,12 +64,29 @@ def mechanism_and_bits(
             if tried == (most if bits is not None else _FEWEST_BITS):
                 raise
             continue
-        if shares.clients * (FixedPoint(tried, clip_norm, 1).max_int + table.bound) < _MOST:
+        fixed_point = FixedPoint(tried, clip_norm, shares.clients)
+        if shares.clients * (fixed_point.max_int + table.bound) < _MOST:
+            _check_room(fixed_point, clip_norm, dimension)
             return found, tried
     raise UserError(
         f"messages of {most} bits and their noise do not fit 32 bits for {shares.clients} clients; "
         "use fewer bits"
     )
+
+
+def _check_room(fixed_point: FixedPoint, clip_norm: float, dimension: int) -> None:
+    """Refuses a fixed point so coarse that rounding takes most of the clip norm.
+
+    Raises:
+        UserError: it takes more than half.
+    """
+    taken = fixed_point.step * math.sqrt(dimension) / 2
+    if taken > clip_norm / 2:
+        raise UserError(
+            f"with so much noise the integers are so coarse that rounding {dimension} parameters "
+            f"can take {min(100, 100 * taken / clip_norm):.0f} % of the clip norm; lower the noise "
+            "multiplier, or train fewer parameters"
+        )
 
 
 def table_of(mechanism: IntegerMechanism, noise_multiplier: float) -> NoiseTable:

@@ -77,7 +77,11 @@ def init_state(
     message = rule.messages(server, 0)[0][0]
     size = sum(leaf.size for leaf in jax.tree.leaves(message))
     memory = () if combine is None else combine.init(size)
-    noise = () if server_noise is None else server_noise.init(jnp.zeros((size,), jnp.float32))
+    noise: PyTree = ()
+    if server_noise is not None:
+        # Control variates travel, and are noised, with the message.
+        extra = sum(leaf.size for leaf in jax.tree.leaves(phases[0])) if control else 0
+        noise = server_noise.init(jnp.zeros((size + extra,), jnp.float32))
     return FederationState(
         jnp.int32(0),
         server,

@@ -101,7 +101,9 @@ def sampler_of(participants: Sequence[Participant], training: LocalTraining) -> 
     if training.privacy is None:
         return SamplerSpec("fixed", (), training.steps)
     period = training.privacy.period
-    rates = tuple(training.batch_size * period / participant.rows for participant in participants)
+    rates = tuple(
+        min(1.0, training.batch_size * period / participant.rows) for participant in participants
+    )
     kind: Literal["full", "poisson"] = "full" if set(rates) == {1.0} else "poisson"
     return SamplerSpec(kind, rates, training.steps, period)
 

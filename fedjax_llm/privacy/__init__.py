@@ -31,6 +31,7 @@ from .sampler import SamplerSpec as SamplerSpec
 from .sampling import float32_rate as float32_rate
 from .sampling import poisson_sample as poisson_sample
 from .sampling import uniform_batches as uniform_batches
+from .secret_keys import is_secret as is_secret
 from .secret_keys import secret_key as secret_key
 from .weights import check_weights as check_weights
 
@@ -62,6 +63,7 @@ __all__ = [
     "float32_rate",
     "gaussian_noise_like",
     "indicator",
+    "is_secret",
     "poisson_clipped_grad_sum",
     "poisson_sample",
     "secret_key",

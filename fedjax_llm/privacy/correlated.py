@@ -13,6 +13,7 @@ Notation: T steps of the run, b the period with which a unit's turn to take part
 
 import contextlib
 import functools
+import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -263,11 +264,16 @@ class Buffered(Correlation):
             raise UserError(f"buffers must be between 1 and 10, got {self.buffers}")
         if self.period < 1:
             raise UserError(f"the period must be at least 1, got {self.period}")
-        _buffered(self.steps, self.buffers, self.period)
+        _, scales = _buffered(self.steps, self.buffers, self.period)
+        if not any(scales):
+            raise UserError(
+                f"for turns every {self.period} steps of {self.steps} the search finds no buffered "
+                'noise better than independent one; use noise "gaussian", or a longer period'
+            )
 
     @property
     def bands(self) -> int:
-        return self.steps
+        return int(np.flatnonzero(self.coefficients())[-1]) + 1
 
     def coefficients(self) -> NDArray[np.float64]:
         decays, scales = _buffered(self.steps, self.buffers, self.period)
@@ -312,14 +318,20 @@ def _buffered(steps: int, buffers: int, period: int) -> tuple[tuple[float, ...],
     if steps == 1:
         return (0.0,) * buffers, (0.0,) * buffers
     with _lenient(), jax.enable_x64(True):
-        found = buffered_toeplitz.optimize(
-            n=steps,
-            min_sep=period,
-            max_participations=None,
-            error="mean",
-            min_buffers=buffers,
-            max_buffers=buffers,
-        )
+        try:
+            found = buffered_toeplitz.optimize(
+                n=steps,
+                min_sep=period,
+                max_participations=None,
+                error="mean",
+                min_buffers=buffers,
+                max_buffers=buffers,
+            )
+        except (RuntimeError, ValueError, FloatingPointError):
+            raise UserError(
+                f"the search for {buffers} buffers over {steps} steps does not converge; use fewer "
+                "buffers"
+            ) from None
         decays, scales = np.asarray(found.buf_decay), np.asarray(found.output_scale)
     decays, scales = (np.round(x / _GRID) * _GRID for x in (decays, scales))
     return tuple(decays.tolist()), tuple(scales.tolist())
@@ -327,9 +339,15 @@ def _buffered(steps: int, buffers: int, period: int) -> tuple[tuple[float, ...],
 
 @contextlib.contextmanager
 def _lenient() -> Iterator[None]:
-    """JAX's own promotion of types and ranks, which the searches count on."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
+    """JAX's own promotion of types and ranks, which the searches count on; no word of theirs."""
+    log = logging.getLogger("absl")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            yield
+    finally:
+        log.setLevel(level)
 
 
 def _convolved(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -201,7 +201,7 @@ counted |
                 f"expected batch must be above 0 and at most {most:g}, the {unit}s of the "
                 f"smallest cloud{among}, got {expected_batch:g}: a sampling rate cannot exceed 1"
             )
-        rates = tuple(expected_batch * period / count for count in examples)
+        rates = tuple(min(1.0, expected_batch * period / count) for count in examples)
         kind: Literal["full", "poisson"] = "full" if set(rates) == {1.0} else "poisson"
         return cls(
             unit=unit,
@@ -310,7 +310,10 @@ counted |
         )
 
     def event(self, rounds: int | None = None, cloud: int | None = None) -> Any:
-        """The run's `dp_accounting.DpEvent`.
+        """The run's `dp_accounting.DpEvent`, for an accountant of the plan's neighbours.
+
+        That is `NeighboringRelation.REPLACE_ONE` for adjacency "replace" and `ADD_OR_REMOVE_ONE`
+        for the other. Integer noise has none: `UnsupportedDpEvent`.
 
         Args:
             rounds: after how many rounds; the planned ones when None.
@@ -338,24 +341,49 @@ counted |
         rounds = self.rounds if rounds is None else rounds
         if rounds < 0:
             raise UserError(f"rounds must be zero or more, got {rounds}")
+        if self.correlation is not None and rounds > self.rounds:
+            raise UserError(
+                f"correlated noise is made for the {self.rounds} rounds of the plan, got {rounds}; "
+                "plan more rounds"
+            )
         return rounds
 
-    def _gaussians(self, rate: float, steps: int) -> tuple[float, float, int]:
-        """Rate, noise multiplier and number of the Gaussian mechanisms that the steps amount to."""
+    def _gaussians(
+        self, rate: float, steps: int, taken: int | None = None
+    ) -> tuple[float, float, int]:
+        """Rate, noise multiplier and number of the Gaussian mechanisms that the steps amount to.
+
+        Args:
+            rate: of a unit in its turn.
+            steps: of the run so far.
+            taken: steps that the unit's cloud took part in, where those are fewer. They may all be
+                turns of the same unit.
+        """
         period = self.sampler.period
         if self.correlation is None or self.correlation.bands <= period:
-            return rate, self.noise_multiplier, self.sampler.turns(steps)
+            turns = self.sampler.turns(steps)
+            return rate, self.noise_multiplier, turns if taken is None else min(turns, taken)
         # Sampling at random only takes participations away (the guarantee holds for each outcome of
         # it); that it also hides is certified for no noise that reaches the unit's next turn.
         return 1.0, self.noise_multiplier / self.correlation.sensitivity(period, steps), 1
 
-    def _epsilon(self, rate: float, steps: int, interval: float | None = None) -> float:
-        if steps == 0:
+    def _epsilon(
+        self,
+        rate: float,
+        steps: int,
+        interval: float | None = None,
+        taken: int | None = None,
+    ) -> float:
+        if steps == 0 or taken == 0:
             return 0.0
         if self.integer is not None:
-            return self.integer.epsilon(self.noise_multiplier, steps, self.delta)
+            count = steps if taken is None else taken
+            return self.integer.epsilon(self.noise_multiplier, count, self.delta)
         return accounting.epsilon(
-            *self._gaussians(rate, steps), self.delta, interval, replace=self.adjacency == "replace"
+            *self._gaussians(rate, steps, taken),
+            self.delta,
+            interval,
+            replace=self.adjacency == "replace",
         )
 
     def epsilon(self, rounds: int | None = None) -> float | None:
@@ -377,8 +405,9 @@ counted |
         Args:
             rounds: after how many rounds; the planned ones when None.
             steps: how many steps each cloud (or client) has really taken part in, where that is
-                less: it was offline, or takes fewer local steps. Who was is public. Correlated
-                noise takes it into account only where it is zero.
+                less: it was offline, or takes fewer local steps. Who was is public. With turns they
+                count as if all were turns of one unit; where correlated noise reaches from turn to
+                turn they count only if there are none.
         """
         rounds = self._checked(rounds)
         if self.unit == "none":
@@ -389,9 +418,9 @@ counted |
         taken = [most] * count if steps is None else [min(own, most) for own in steps]
         if len(taken) != count:
             raise UserError(f"{count} numbers of steps are needed, one a {self.unit}, got {taken}")
-        if self.correlation is not None:
-            taken = [most if own else 0 for own in taken]
-        return tuple(self._epsilon(rate, own) for rate, own in zip(rates, taken, strict=True))
+        return tuple(
+            self._epsilon(rate, most, taken=own) for rate, own in zip(rates, taken, strict=True)
+        )
 
     @property
     def allowed_rounds(self) -> int:
@@ -430,9 +459,14 @@ counted |
                 f"integer noise of {self.integer.stddev(self.noise_multiplier):g} steps certifies "
                 "none; use more noise, or finer fixed point (more bits)"
             )
-        if self.noise_multiplier < accounting.MIN_NOISE_MULTIPLIER:
+        _, noise, _ = self._gaussians(max(self.sampler.rates), self.steps)
+        if noise < accounting.MIN_NOISE_MULTIPLIER:
+            over = "" if noise == self.noise_multiplier else f" {self.noise_multiplier:g}, that is"
             return (
-                f"the noise multiplier {self.noise_multiplier:g} is below "
+                f"the noise multiplier{over} {noise:.3g} over what a unit can move, is below "
+                f"{accounting.MIN_NOISE_MULTIPLIER:g}, too small to account for"
+                if over
+                else f"the noise multiplier {noise:g} is below "
                 f"{accounting.MIN_NOISE_MULTIPLIER:g}, too small to account for"
             )
         return f"delta {self.delta:g} is below what the accountant can resolve"
@@ -451,8 +485,7 @@ counted |
         rate = max(self.sampler.rates)
 
         def epsilon(noise: float, interval: float | None) -> float:
-            plan = dataclasses.replace(self, noise_multiplier=noise, budget=None)
-            return plan._epsilon(rate, self.steps, interval)
+            return self._with_noise(noise)._epsilon(rate, self.steps, interval)
 
         noise = accounting.least_noise(epsilon, target_epsilon)
         if noise is None:
@@ -460,7 +493,16 @@ counted |
                 f"no noise reaches epsilon {target_epsilon:g} at delta {self.delta:g} over "
                 f"{self.steps} steps; raise one of the first two or plan fewer rounds"
             )
-        return dataclasses.replace(self, noise_multiplier=noise)
+        return dataclasses.replace(self._with_noise(noise), budget=self.budget)
+
+    def _with_noise(self, noise: float, **changes: Any) -> "PrivacyPlan":
+        """This plan with other noise, on the count of an adaptive clip norm as on the sum."""
+        adaptive = self.adaptive
+        if adaptive is not None:
+            stddev = adaptive.count_stddev * noise / self.noise_multiplier
+            adaptive = dataclasses.replace(adaptive, count_stddev=stddev)
+        changes |= {"noise_multiplier": noise, "adaptive": adaptive, "budget": None}
+        return dataclasses.replace(self, **changes)
 
     def epsilon_table(
         self,
@@ -488,9 +530,7 @@ counted |
             kind: Literal["full", "poisson"] = "full" if set(own) == {1.0} else "poisson"
             sampler = dataclasses.replace(self.sampler, kind=kind, rates=own)
             for noise in noise_multipliers:
-                plan = dataclasses.replace(
-                    self, noise_multiplier=noise, sampler=sampler, budget=None
-                )
+                plan = self._with_noise(noise, sampler=sampler)
                 rows += [EpsilonRow(noise, count, plan.report(count), max(own)) for count in rounds]
         return tuple(rows)
 

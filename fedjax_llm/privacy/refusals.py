@@ -81,13 +81,19 @@ def _check_mechanism(plan: "PrivacyPlan") -> None:
             f"trust {trust} of unit client goes {'without' if trust == 'central' else 'with'} "
             "integer noise of the clients"
         )
+    if plan.integer is not None and unit != "client":
+        raise UserError(
+            f"integer noise is added to one sum a round, which is unit client; leave it out of a "
+            f"plan per {unit}"
+        )
     if plan.integer is not None and plan.correlation is not None:
         raise UserError("the clients' integer noise is independent; leave the correlation out")
     if plan.adaptive is not None:
         _check_adaptive(plan)
     if plan.correlation is not None and plan.correlation.steps != plan.steps:
         raise UserError(
-            f"the correlation is made for {plan.correlation.steps} steps, the plan has {plan.steps}"
+            f"the correlation is made for {plan.correlation.steps} steps, the plan has "
+            f"{plan.steps}; make it for as many"
         )
     if plan.adjacency == "replace" and (
         plan.correlation is not None or plan.integer is not None or plan.sampler.period > 1

@@ -94,3 +94,11 @@ CHACHA20 = extended.define_prng_impl(
     name="fedjax_llm_chacha20",
     tag="cha",
 )
+
+
+def is_secret(key: jax.Array) -> bool:
+    """Whether a key comes from `secret_key`."""
+    return bool(jax.random.key_impl(key) == jax.random.key_impl(_EXAMPLE))
+
+
+_EXAMPLE = jax.random.wrap_key_data(jnp.zeros(_KEY_WORDS, jnp.uint32), impl=CHACHA20)

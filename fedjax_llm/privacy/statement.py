@@ -32,18 +32,25 @@ def _examples(plan: "PrivacyPlan") -> str:
 
 
 def _clients(plan: "PrivacyPlan") -> str:
-    secrecy = (
-        "which clouds took part in a round must stay with the server, "
-        if plan.sampler.kind == "poisson"
-        else ""
+    hidden = []
+    if plan.sampler.kind == "poisson" and plan.integer is None:
+        hidden.append("which clouds took part in a round must stay with the server")
+    if plan.trust != "local":
+        hidden.append("the messages themselves")
+    hidden.append(
+        "losses (training and held-out), counts (clipped and diverged updates too), timings of a "
+        "cloud and the aggregation error"
+    )
+    released = (
+        "the messages and the global adapter of every round"
+        if plan.trust == "local"
+        else "the global adapter of every round"
     )
     return (
         f"Differential privacy per client. Neighbours: one client with all its data "
         f"{_differs(plan)}; a client is a cloud, or one of the clients inside a cloud where it has "
-        f"several; the number of clients is public. Trust: {_trust(plan)} Released: the global "
-        f"adapter of every round. Not covered: {secrecy}the messages themselves, and losses "
-        "(training and held-out), counts (clipped and diverged updates too), timings of a cloud "
-        "and the aggregation error."
+        f"several; the number of clients is public. Trust: {_trust(plan)} Released: {released}. "
+        f"Not covered: {', '.join(hidden)}."
     )
 
 
@@ -62,11 +69,18 @@ def _trust(plan: "PrivacyPlan") -> str:
     shares = plan.integer.shares
     if plan.trust == "local":
         return "each client trusts itself alone and adds the whole noise to its own message."
+    known = (
+        f"Up to {shares.colluding} clients may pool what they know, the reader of the sum among "
+        "them with its own share (in a cloud of several, all of theirs)"
+        if shares.colluding
+        else "No client may tell or use what it knows: towards the other clients, each of which "
+        "knows its own share, count one as colluding"
+    )
     return (
-        "each client adds a share of the noise to its integers before they are summed, and nobody "
-        f"sees less than the sum of {shares.clients - shares.dropouts} shares, the server "
-        "included; whoever can open single messages, or knows the shares of more than the "
-        f"{shares.dropouts} clients that may be lost, sees less noise."
+        "each client adds a share of the noise to its integers before they are summed, and a "
+        f"server that follows the protocol opens no sum of fewer than "
+        f"{shares.clients - shares.dropouts} shares, {shares.counted} of which are the noise that "
+        f"is counted on. {known}. Clients inside one cloud are summed there in the plain."
     )
 
 

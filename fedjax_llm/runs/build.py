@@ -34,7 +34,7 @@ from fedjax_llm.federation import (
     SumMode,
     Threshold,
 )
-from fedjax_llm.federation.promises import check_combination, weight_kinds
+from fedjax_llm.federation.promises import check_combination, fewest_clouds, weight_kinds
 from fedjax_llm.federation.shares import mechanism_and_bits
 from fedjax_llm.federation.state import init_state
 from fedjax_llm.lora import LoraConfig
@@ -312,7 +312,11 @@ def sum_mode(run_file: RunFile, base: Model) -> SumMode:
     section = run_file.secure
     if section.sum == "plain":
         return Plain()
-    hidden = _HIDDEN[section.sum](section.threshold, section.minimum_clients or 2)
+    least = 2
+    if plans.distributed(run_file):
+        sizes = [cloud.clients for cloud in run_file.clouds]
+        least = max(least, fewest_clouds(sizes, run_file.privacy.dropouts))
+    hidden = _HIDDEN[section.sum](section.threshold, section.minimum_clients or least)
     selective = section.selective
     if selective is None:
         return hidden

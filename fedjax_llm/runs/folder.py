@@ -4,7 +4,8 @@ run.toml         the resolved run file          metrics.jsonl   one line per rou
 summary.json     the result                     checkpoints/    orbax, the last few rounds
 report.html      the result, to look at         tensorboard/    the same scalars
 format           the version of this layout     opened.json     whose sum was opened last
-noise.key        secret root of noise and samples, where the run file asks for one
+noise.key        secret root of noise and samples, where the run file asks for one; as secret as
+                 it are the checkpoints then
 audit.json       lower bound on epsilon, where the run has been audited
 .lock            held by the process that writes
 """
@@ -73,24 +74,31 @@ class RunFolder:
         """The secret root of the run's noise, made by the first process and kept.
 
         A round that is repeated after a crash has to add the same noise again: with other noise the
-        same sum would be released twice.
+        same sum would be released twice. Checkpoints of correlated noise hold what follows from it,
+        so that the folder's checkpoints are closed to others as well.
 
         Raises:
           UserError: the file is damaged, or gone from a run that has begun.
         """
         file = self.path / "noise.key"
+        self.checkpoints.mkdir(mode=0o700, exist_ok=True)
+        self.checkpoints.chmod(0o700)
+        if not _has_checkpoint(self.path):
+            # Nothing has been released under an old one, whatever it was for.
+            secret = os.urandom(_SECRET_BYTES)
+            disk.atomic_write(file, secret, mode=0o600)
+            return secret
         try:
             secret = file.read_bytes()
         except FileNotFoundError:
-            if _has_checkpoint(self.path):
-                raise UserError(
-                    f"{file} is gone, and with it the noise of this run: a round run again would "
-                    "be released under other noise; begin a new run"
-                ) from None
-            secret = os.urandom(_SECRET_BYTES)
-            disk.atomic_write(file, secret, mode=0o600)
+            raise UserError(
+                f"{file} is gone, and with it the noise of this run: a round run again would be "
+                "released under other noise; begin a new run"
+            ) from None
         if len(secret) != _SECRET_BYTES:
-            raise UserError(f"{file} is damaged: {len(secret)} bytes, not {_SECRET_BYTES}")
+            raise UserError(
+                f"{file} is damaged: {len(secret)} bytes, not {_SECRET_BYTES}; begin a new run"
+            )
         return secret
 
     @classmethod

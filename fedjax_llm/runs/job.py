@@ -80,6 +80,12 @@ def run(run_file: RunFile, folder: RunFolder, *, on_event: OnEvent = ignore) -> 
             metrics.truncate(folder.metrics, -1)
         else:
             fingerprint.check(found.metadata.get("fingerprint", {}), identity, folder.path)
+            if found.metadata.get("offline", {}) != _offline(run_file, found.round):
+                raise UserError(
+                    f"{folder.path}: offline_rounds say something else about the {found.round} "
+                    "rounds that were run, and each cloud's epsilon counts them; restore them in "
+                    "its run.toml"
+                )
             if found.round > run_file.rounds:
                 raise UserError(
                     f"{folder.path} has run {found.round} rounds and rounds = {run_file.rounds}; "
@@ -100,7 +106,7 @@ def run(run_file: RunFile, folder: RunFolder, *, on_event: OnEvent = ignore) -> 
             if found is None:
                 on_event(RoundStarted(0, run_file.rounds))
                 record = _before_training(federation, initial, on_event)
-                _finish_round(folder, checkpoints, board, initial, record, identity, on_event)
+                _finish_round(folder, checkpoints, board, initial, record, identity, {}, on_event)
             rounds = min(run_file.rounds, plan.allowed_rounds)
             if rounds < run_file.rounds:
                 on_event(
@@ -114,7 +120,10 @@ def run(run_file: RunFile, folder: RunFolder, *, on_event: OnEvent = ignore) -> 
                 state, record = _one_round(
                     folder, federation, run_file, state, number == rounds, on_event
                 )
-                _finish_round(folder, checkpoints, board, state, record, identity, on_event)
+                offline = _offline(run_file, number)
+                _finish_round(
+                    folder, checkpoints, board, state, record, identity, offline, on_event
+                )
     finally:
         checkpoints.close()
 
@@ -151,6 +160,15 @@ def resume(path: Path, *, on_event: OnEvent = ignore) -> Summary:
         on_event(Stage("report"))
         report.write(folder)
         return result
+
+
+def _offline(run_file: RunFile, rounds: int) -> dict[str, list[int]]:
+    """The rounds, of those that were run, in which clouds were offline."""
+    missed = {
+        cloud.name: sorted(number for number in cloud.offline_rounds if number <= rounds)
+        for cloud in run_file.clouds
+    }
+    return {name: numbers for name, numbers in missed.items() if numbers}
 
 
 def _secret_noise(run_file: RunFile) -> bool:
@@ -290,10 +308,15 @@ def _finish_round(
     state: FederationState,
     record: RoundRecord,
     identity: fingerprint.Fingerprint,
+    offline: dict[str, list[int]],
     on_event: OnEvent,
 ) -> None:
     started = time.perf_counter()
-    metadata = {"record": metrics.strict(record), "fingerprint": identity}
+    metadata = {
+        "record": metrics.strict(record),
+        "fingerprint": identity,
+        "offline": offline,
+    }
     checkpoints.save(record["round"], state, metadata)
     record["seconds_checkpoint"] = time.perf_counter() - started
     record["seconds_round"] += record["seconds_checkpoint"]

@@ -20,6 +20,7 @@ from fedjax_llm.privacy import (
 )
 from fedjax_llm.privacy.integer_mechanism import Shares
 from fedjax_llm.privacy.weights import Weights
+from fedjax_llm.runs.runfile_privacy import INTEGER
 from fedjax_llm.runs.runfile_schema import RunFile
 
 
@@ -86,6 +87,11 @@ def correlation(run_file: RunFile) -> Correlation | None:
         return None
     steps = run_file.rounds * (1 if privacy.unit == "client" else run_file.training.local_steps)
     if privacy.noise == "banded":
+        if privacy.bands is None and privacy.period == 1:
+            raise UserError(
+                '[privacy] noise = "banded" with a turn in every step has one band, which is '
+                "independent noise; set period, or bands"
+            )
         return Banded(steps, privacy.bands or min(privacy.period, steps))
     if privacy.noise == "buffered":
         return Buffered(steps, privacy.buffers, privacy.period)
@@ -124,6 +130,12 @@ def adaptive(run_file: RunFile) -> AdaptiveClip | None:
     return AdaptiveClip(privacy.clip_norm, section.quantile, section.learning_rate, stddev)
 
 
+def distributed(run_file: RunFile) -> bool:
+    """Whether the clients add the noise together, inside the sum."""
+    privacy = run_file.privacy
+    return privacy.unit == "client" and privacy.noise in INTEGER and privacy.trust != "local"
+
+
 def clients(run_file: RunFile) -> int:
     """Of all clouds."""
     return sum(cloud.clients for cloud in run_file.clouds)
@@ -135,4 +147,5 @@ def shares(run_file: RunFile) -> Shares:
     kind = SkellamShares if privacy.noise == "skellam" else DiscreteGaussianShares
     if privacy.trust == "local":
         return kind(count, count - 1)
-    return kind(count, privacy.dropouts, privacy.colluding)
+    own = max(cloud.clients for cloud in run_file.clouds)
+    return kind(count, privacy.dropouts, own if privacy.colluding is None else privacy.colluding)

@@ -134,8 +134,17 @@ def check_aggregation(aggregation: AggregationSection, local_steps: int, secure_
         )
 
 
-def check_attack(attack: AttackSection | None, clouds: Sequence[str], unit: str) -> None:
-    """Refuses an attack by clouds that do not exist, or that no epsilon covers."""
+def check_attack(
+    attack: AttackSection | None, clouds: Sequence[str], unit: str, divided: bool
+) -> None:
+    """Refuses an attack by clouds that do not exist, or that no epsilon covers.
+
+    Args:
+      attack: the section.
+      clouds: names.
+      unit: [privacy] unit.
+      divided: whether a cloud has several clients.
+    """
     if attack is None:
         return
     for index, name in enumerate(attack.clouds):
@@ -145,10 +154,10 @@ def check_attack(attack: AttackSection | None, clouds: Sequence[str], unit: str)
         return
     if attack.scale != AttackSection.model_fields["scale"].default:
         raise problem(("attack", "scale"), "does not go with label-flip; remove it", got=False)
-    if unit == "example":
+    if unit in ("example", "user") or (unit == "client" and divided):
         raise problem(
             ("attack", "name"),
-            'gives examples the answers of others, and [privacy] unit = "example" covers a change '
-            "of one; use unit none or client",
+            f'gives examples the answers of others in their cloud, and [privacy] unit = "{unit}" '
+            "covers a change of one; use unit none, or client with one client a cloud",
             refused=True,
         )

@@ -35,13 +35,15 @@ class PrivacySection(Section):
     | discrete-gaussian, skellam | shares of all clients, inside the sum; unit client | `dropouts`,
       `colluding` |
 
-    `trust` of unit client: "central", the server adds the noise; "distributed", the clients do,
-    together; "local", each the whole of it. A unit's turn to be sampled comes every `period` steps
-    (rounds, for unit client). `clip_norm_from` = "data" owns up to a norm that was tuned on the
-    private data, which is refused. `clip` "per-factor" and "per-layer" part the clip norm evenly
-    between the A and B factors, or among layers, for units example and user. A run stops before it
-    would exceed `budget`, an epsilon. `generator` "system" takes noise and samples from a secret
-    key in the run folder instead of the seed; without it nobody can repeat them or take them off.
+    `colluding` clients may pool their shares with whoever reads the sum; left out it is those of
+    the largest cloud, for each cloud knows its own. `trust` of unit client: "central", the server
+    adds the noise; "distributed", the clients do, together; "local", each the whole of it. A unit's
+    turn to be sampled comes every `period` steps (rounds, for unit client). `clip_norm_from` =
+    "data" owns up to a norm that was tuned on the private data, which is refused. `clip`
+    "per-factor" and "per-layer" part the clip norm evenly between the A and B factors, or among
+    layers, for units example and user. A run stops before it would exceed `budget`, an epsilon.
+    `generator` "system" takes noise and samples from a secret key in the run folder instead of the
+    seed; without it nobody can repeat them or take them off.
     """
 
     unit: Literal["none", "example", "user", "client"] = "none"
@@ -62,7 +64,7 @@ class PrivacySection(Section):
     cancelled: Annotated[float, Field(ge=0, lt=1)] = 0.5
     trust: Literal["central", "distributed", "local"] | None = None
     dropouts: Annotated[int, Field(ge=0)] = 0
-    colluding: Annotated[int, Field(ge=0)] = 0
+    colluding: Annotated[int, Field(ge=0)] | None = None
     adjacency: Literal["add-remove", "replace"] = "add-remove"
     generator: Literal["seed", "system"] = "seed"
     budget: Positive | None = None

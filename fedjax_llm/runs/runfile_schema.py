@@ -184,7 +184,8 @@ class RunFile(Section):
             if name in names[:index]:
                 raise problem(("clouds", index, "name"), "must be unique among the clouds")
         check_aggregation(self.aggregation, self.training.local_steps, self.secure.sum)
-        check_attack(self.attack, names, self.privacy.unit)
+        divided = any(cloud.clients > 1 for cloud in self.clouds)
+        check_attack(self.attack, names, self.privacy.unit, divided)
         self._check_unread()
         if self.audit is not None and (why := no_audit(self.privacy)) is not None:
             raise problem(("audit",), f"has nothing to audit: {why}", got=False)

@@ -175,7 +175,7 @@ def _check_selective(unit: str, noise_multiplier: float) -> None:
     if unit in why:
         raise problem(
             ("secure", "selective"),
-            f'needs [privacy] unit = "example", got "{unit}": {why[unit]}',
+            f'needs [privacy] unit = "example" or "user", got "{unit}": {why[unit]}',
             refused=True,
             got=False,
         )

@@ -30,8 +30,9 @@ from fedjax_llm.privacy import (
     PrivacyPlan,
     SkellamShares,
     gaussian_noise_like,
+    secret_key,
 )
-from fedjax_llm.training import ExamplePrivacy, LocalTraining
+from fedjax_llm.training import Drift, ExamplePrivacy, LocalTraining
 
 Build = Callable[..., Federation]
 ROUNDS = 4
@@ -74,7 +75,7 @@ def same(one: Any, other: Any) -> bool:
 CORRELATED: list[Callable[[int], Correlation]] = [
     lambda steps: LambdaCgd(steps, 0.5),
     lambda steps: Banded(steps, 3),
-    lambda steps: Buffered(steps, 2),
+    lambda steps: Buffered(steps, 2, 3),
 ]
 each_correlation = pytest.mark.parametrize(
     "correlation", CORRELATED, ids=["lambda-cgd", "banded", "buffered"]
@@ -208,7 +209,7 @@ def test_the_opened_sum_holds_the_noise_of_all_shares(
 def test_every_hidden_sum_opens_to_the_same_noise(federate: Build, model: Model) -> None:
     plan = integer_plan(model, SkellamShares(3))
     found = []
-    for mode in (Masked(2, 2), Threshold(2, 2)):
+    for mode in (Masked(2, 3), Threshold(2, 3)):
         federation = federate("client", ROUNDS, plan=plan, sum_mode=mode)
         state, _ = federation.run_round(federation.init())
         found.append(adapter(state))
@@ -231,29 +232,33 @@ def test_local_trust_adds_the_whole_noise_to_every_message(federate: Build, mode
 def test_a_round_of_too_few_shares_is_refused_before_anyone_trains(
     federate: Build, model: Model, make_participants: Callable[..., Any]
 ) -> None:
-    federation = federate(
-        "client",
-        ROUNDS,
-        plan=integer_plan(model, SkellamShares(3)),
-        sum_mode=Masked(2, 2),
-        participants=make_participants(west=frozenset({1})),
-    )
     with pytest.raises(Refused, match="2 clients are online, and the noise is planned for"):
-        federation.run_round(federation.init())
+        federate(
+            "client",
+            ROUNDS,
+            plan=integer_plan(model, SkellamShares(3)),
+            sum_mode=Masked(2, 3),
+            participants=make_participants(west=frozenset({3})),
+        )
 
 
 def test_noise_that_does_not_suit_the_run_is_refused(federate: Build, model: Model) -> None:
     plan = integer_plan(model, SkellamShares(3))
-    with pytest.raises(Refused, match="reads each message under its own share"):
+    with pytest.raises(Refused, match="each message, or a part of it, under its own share"):
         federate("client", ROUNDS, plan=plan)
+    with pytest.raises(Refused, match="sums of 2 clouds may be opened"):
+        federate("client", ROUNDS, plan=plan, sum_mode=Masked(2, 2))
+    pooled = integer_plan(model, SkellamShares(3, 0, 2))
+    with pytest.raises(Refused, match="2 colluding clients can be 2 clouds"):
+        federate("client", ROUNDS, plan=pooled, sum_mode=Masked(2, 3))
     with pytest.raises(Refused, match="its epsilon would be wrong"):
-        federate("client", ROUNDS, plan=plan, sum_mode=Masked(2, 2), value_bits=10)
+        federate("client", ROUNDS, plan=plan, sum_mode=Masked(2, 3), value_bits=10)
     other = LoraConfig(rank=3, alpha=4.0, targets=("q_proj", "v_proj"))
     with pytest.raises(Refused, match="its epsilon would be wrong"):
-        federate("client", ROUNDS, plan=plan, sum_mode=Masked(2, 2), lora=other)
+        federate("client", ROUNDS, plan=plan, sum_mode=Masked(2, 3), lora=other)
     four = integer_plan(model, SkellamShares(4))
     with pytest.raises(Refused, match=r"accounts for \(4,\) clients|planned for 4 clients"):
-        federate("client", ROUNDS, plan=four, sum_mode=Masked(2, 2))
+        federate("client", ROUNDS, plan=four, sum_mode=Masked(2, 3))
     quarter = dataclasses.replace(plan, trust="local")
     with pytest.raises(Refused, match='with trust "local" each share is the whole noise'):
         federate("client", ROUNDS, plan=quarter)
@@ -371,3 +376,45 @@ def test_kinds_of_clipping_are_counted_whole(federate: Build, clip: Any) -> None
     less = PrivacyPlan.for_examples([20, 32, 26], clip_norm=0.4, **settings)
     with pytest.raises(Refused, match="local training clips and noises with"):
         federate("example", ROUNDS, plan=less, training=training, rule=rule)
+
+
+@each_correlation
+def test_control_variates_are_noised_with_the_message(
+    federate: Build, correlation: Callable[[int], Correlation]
+) -> None:
+    training = LocalTraining(optax.adam(0.02), 2, 6, 4, drift=Drift(control=True))
+    plan = clients_plan(correlation=correlation(ROUNDS), period=1)
+    federation = federate("client", ROUNDS, plan=plan, training=training)
+    for _, report in federation.rounds(federation.init(), 2):
+        assert math.isfinite(report.update_norm)
+
+
+def test_a_secret_generator_takes_no_key_of_a_seed(federate: Build) -> None:
+    system = clients_plan(generator="system")
+    with pytest.raises(Refused, match="one of JAX's own"):
+        federate("client", ROUNDS, plan=system, noise_key=jax.random.key(0))
+    with pytest.raises(Refused, match="no secret noise key"):
+        federate("client", ROUNDS, plan=system)
+    with pytest.raises(Refused, match="a secret noise key"):
+        federate("client", ROUNDS, plan=clients_plan(), noise_key=secret_key())
+    one, other = (
+        federate("client", ROUNDS, plan=system, noise_key=secret_key(bytes([number]) * 32))
+        for number in (1, 2)
+    )
+    first, second = (adapter(f.run_round(f.init())[0]) for f in (one, other))
+    assert not np.array_equal(first, second)
+    np.testing.assert_array_equal(first, adapter(one.run_round(one.init())[0]))
+
+
+def test_integers_so_coarse_that_rounding_takes_the_clip_are_refused(model: Model) -> None:
+    with pytest.raises(UserError, match=r"rounding \d+ parameters can take"):
+        mechanism_and_bits(
+            model.config,
+            LoraConfig(rank=8, alpha=8.0, targets=("all-linear",)),
+            FactorAveraging(optax.sgd(1.0)),
+            SkellamShares(3),
+            clip_norm=0.1,
+            noise_multiplier=100.0,
+            control=False,
+            bits=None,
+        )

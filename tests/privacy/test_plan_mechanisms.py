@@ -11,6 +11,7 @@ from dp_accounting.gaussian_mechanism import get_epsilon_gaussian
 
 from fedjax_llm.errors import Refused, UserError
 from fedjax_llm.privacy import (
+    AdaptiveClip,
     Banded,
     Buffered,
     DiscreteGaussianShares,
@@ -182,6 +183,11 @@ def test_a_cloud_spends_what_it_took_part_in() -> None:
     clients = for_clients(3)
     spent = clients.epsilon_per_cloud(5, [5, 2, 0])
     assert spent == (clients.epsilon(5), clients.epsilon(2), 0.0)
+    # Turns count on the steps of the run: all steps that a cloud took may be turns of one unit.
+    turns = for_examples((48,), expected_batch=8.0, steps_per_round=2, period=2, rounds=4)
+    assert turns.epsilon_per_cloud(4, [4]) == (turns.epsilon(4),)
+    two = turns.epsilon_per_cloud(4, [2])
+    assert two is not None and two[0] == turns.epsilon(2)
     # Where noise hangs together, a smaller number of turns is not certified to cost less.
     tied = for_clients(3, correlation=LambdaCgd(20, 0.5))
     assert tied.epsilon_per_cloud(5, [5, 2, 0]) == (tied.epsilon(5), tied.epsilon(5), 0.0)
@@ -231,6 +237,12 @@ def test_the_table_goes_over_noise_rate_and_rounds() -> None:
             "neighbours by replacement",
         ),
         (lambda: for_examples(period=60), UserError, "divided by the period 60"),
+        (lambda: for_examples(integer=INTEGER), UserError, "which is unit client"),
+        (
+            lambda: for_clients(correlation=LambdaCgd(20, 0.5)).epsilon(21),
+            UserError,
+            "made for the 20 rounds",
+        ),
         (lambda: for_examples(period=0), UserError, "period of sampling must be at least 1"),
     ],
 )
@@ -240,16 +252,38 @@ def test_what_cannot_be_certified_is_refused(make: Any, kind: type, match: str) 
     assert "\n" not in str(caught.value)
 
 
+def test_an_adaptive_norm_has_a_table_and_a_target_too() -> None:
+    """The noise on the count is scaled with that on the sum."""
+    plan = for_clients(adaptive=AdaptiveClip(0.5, 0.5, 0.2, count_stddev=2.0))
+    found = plan.noise_for(1.0)
+    assert found.adaptive is not None and found.adaptive.count_stddev == found.noise_multiplier
+    assert len(plan.epsilon_table((1.0, 4.0), (1, 20))) == 4
+
+
+def test_reasons_name_the_multiplier_that_counts() -> None:
+    plan = for_clients(
+        rounds=400, noise_multiplier=0.6, delta=1e-3, correlation=LambdaCgd(400, 0.9)
+    )
+    report = plan.report()
+    assert report.epsilon is None and "over what a unit can move" in (report.reason or "")
+
+
 def test_error_feedback_after_noise_is_post_processing() -> None:
     assert for_examples(error_feedback=True).epsilon() == for_examples().epsilon()
 
 
 def test_statements_say_who_adds_which_noise() -> None:
     said = for_clients(trust="distributed", integer=INTEGER).statement()
-    for words in ("adds a share", "sum of 8 shares", "that it takes part is public", "Skellam"):
+    for words in ("adds a share", "fewer than 8 shares", "that it takes part is public", "Skellam"):
         assert words in said
+    assert "count one as colluding" in said  # every client knows its own share
+    pooled = IntegerMechanism(SkellamShares(10, 2, 3), sensitivity=4000.0, dimension=5000)
+    said = for_clients(trust="distributed", integer=pooled).statement()
+    assert "5 of which are the noise" in said and "Up to 3 clients may pool" in said
     local = IntegerMechanism(SkellamShares(10, 9), sensitivity=4000.0, dimension=5000)
-    assert "trusts itself alone" in for_clients(trust="local", integer=local).statement()
+    said = for_clients(trust="local", integer=local).statement()
+    assert "trusts itself alone" in said and "Released: the messages" in said
+    assert "the messages themselves" not in said
     said = for_clients(period=4, correlation=LambdaCgd(20, 0.5)).statement()
     assert "hangs together" in said and "arXiv 2601.22334" in said and "one group in 4" in said
     assert "one user of one cloud" in for_examples(unit="user").statement()

@@ -119,8 +119,8 @@ counted in `clipped` and `weight`|
         examples: pytree of [E, ...] arrays; one entry is one privacy unit.
         weights_E: [E] bool or number; entries above zero count, once, the others are padding.
         clip_norm: `Joint`, `PerFactor` or `PerLayer`; a float32 scalar means `Joint`.
-        method: "vmap" takes any loss and kind and is the faster for LoRA; "ghost" saves memory
-            where ranks are not small against the sequence (see `clipping.ghost`).
+        method: "vmap" takes any loss and any tree and is the faster where sequences are long
+            against the rank; elsewhere "ghost" saves memory and time (see `clipping.ghost`).
 
     Returns:
         The sum (float32, like `params`) and its `ClipStats`. Memory: E gradients at once, or with
