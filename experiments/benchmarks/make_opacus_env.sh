@@ -10,7 +10,16 @@ set -euo pipefail
 
 folder="${1:-${TMPDIR:-/tmp}/fedjax_llm_opacus}"
 # For CPython 3.11 this version of PyTorch comes as a build for CPUs; others bring gigabytes of CUDA.
-python="${PYTHON311:-$(command -v /usr/bin/python3.11 || command -v python3.11)}"
+# The first interpreter that can make an environment: a version manager's shim may lead nowhere.
+python="${PYTHON311:-}"
+for candidate in $(type -ap python3.11); do
+    [ -n "$python" ] && break
+    "$candidate" -c "import ensurepip, venv" 2>/dev/null && python="$candidate"
+done
+if [ -z "$python" ]; then
+    echo "needs CPython 3.11; give its path in PYTHON311" >&2
+    exit 1
+fi
 
 if [ ! -f "$folder/complete" ]; then
     "$python" -m venv "$folder"

@@ -142,20 +142,23 @@ class Roster:
         return divisor
 
     def inputs(
-        self, own: ClientState, participates_K: NDArray[np.bool_], online_K: NDArray[np.bool_]
+        self,
+        own: ClientState,
+        participates_K: NDArray[np.bool_],
+        online_K: NDArray[np.bool_] | None = None,
     ) -> ClientInputs:
         """What the programs need of each client in a round.
 
         Args:
             own: what the clients carry, leaves [K, ...].
             participates_K: whose messages enter the sum.
-            online_K: who can be reached.
+            online_K: who can be reached; those who take part if None.
         """
         arrays = (
             np.arange(len(self.participants), dtype=np.int32),
             self._beforehand_K,
             participates_K,
-            online_K,
+            participates_K if online_K is None else online_K,
             np.array(self.ranks, np.int32),
             self._steps_K,
         )

@@ -330,14 +330,15 @@ def test_a_selective_sum_is_read_and_written(tmp_path: Path) -> None:
         (
             LINE,
             ("privacy.unit=none",),
-            'q.toml:25: [secure] selective needs [privacy] unit = "example", got "none": without '
-            "noise the server would read exact values in what stays in the clear",
+            'q.toml:25: [secure] selective needs [privacy] unit = "example" or "user", got "none": '
+            "without noise the server would read exact values in what stays in the clear",
         ),
         (
             LINE,
             ("privacy.unit=client",),
-            'q.toml:25: [secure] selective needs [privacy] unit = "example", got "client": the '
-            "noise of unit client is added after the sum, so that the server would read exact "
+            "q.toml:25: [secure] selective needs [privacy] unit = "
+            '"example" or "user", got "client": '
+            "the noise of unit client is added after the sum, so that the server would read exact "
             "values in what stays in the clear",
         ),
         (
