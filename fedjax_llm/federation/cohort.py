@@ -128,6 +128,7 @@ class Client:
         by_loss: weights that follow from the client's loss, or None.
         normalised: each message is divided by its length, or None.
         alike: messages are sent without their weight, because the server reads each.
+        ranks_differ: whether some clients train fewer ranks than the adapter has.
     """
 
     training: LocalTraining
@@ -138,6 +139,7 @@ class Client:
     by_loss: LossWeights | None
     normalised: NormalisedMean | None
     alike: bool
+    ranks_differ: bool
 
     def train(self, shared: Shared, client: ClientInputs) -> Local:
         """The local update of one client."""
@@ -145,7 +147,7 @@ class Client:
         before = self._start(shared, client)
 
         def limited(part: Part) -> Part:
-            return rule.limited(before, part, client.rank)
+            return rule.limited(before, part, client.rank) if self.ranks_differ else part
 
         def loss(part: Part, row: PyTree) -> jax.Array:
             adapter = rule.adapter(shared.server, limited(part))

@@ -186,6 +186,7 @@ class Federation:
             and combine is None
             and not rule.kept
             and not roster.weights.normalises_steps,
+            ranks_differ=any(own != lora.rank for own in roster.ranks),
         )
         if self._recipe.sums_weights and count > WeightCodec.MOST_CLIENTS:
             raise UserError(

@@ -47,6 +47,7 @@ class RoundPrograms:
             recipe.by_loss,
             recipe.normalised,
             recipe.reads_messages,
+            recipe.ranks_differ,
         )
         self.train = jax.jit(self._train)
         self.train_and_send = jax.jit(self._train_and_send)

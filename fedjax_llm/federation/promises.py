@@ -238,6 +238,12 @@ def _check_examples(
             f"local training clips and noises with {done} ({training.privacy.clip_norm}), the plan "
             f"accounts for {(plan.clip_norm, plan.noise_multiplier)}"
         )
+    ranks = {participant.rank for participant in participants}
+    if training.privacy.method == "ghost" and len(ranks) > 1:
+        raise UserError(
+            "ghost norms take one rank for all clients, and ranks differ; use the gradients "
+            '"vmap", or one rank'
+        )
     if training.privacy.adaptive != plan.adaptive:
         raise Refused(
             f"the clip norm of local training follows {training.privacy.adaptive}, the plan "

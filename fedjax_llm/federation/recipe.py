@@ -101,6 +101,7 @@ class Recipe:
         adaptive: the clip norm of messages follows a private quantile; None keeps it.
         expected: clients expected to take part in a round, a public number.
         sums_weights: whether weights are summed before messages are sent.
+        ranks_differ: whether some clients train fewer ranks than the adapter has.
         measures_error: whether the aggregation error is measured.
     """
 
@@ -120,6 +121,7 @@ class Recipe:
     expected: float
     sums_weights: bool
     measures_error: bool
+    ranks_differ: bool
 
     @property
     def reads_messages(self) -> bool:

@@ -154,6 +154,7 @@ def local_training(run_file: RunFile, base: Model) -> LocalTraining:
                 plans.correlation(run_file),
                 privacy.period,
                 plans.adaptive(run_file),
+                privacy.gradients,
             )
             if privacy.unit in ("example", "user")
             else None

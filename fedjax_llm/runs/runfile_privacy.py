@@ -42,6 +42,8 @@ class PrivacySection(Section):
     "data" owns up to a norm that was tuned on the private data, which is refused. `clip`
     "per-factor" and "per-layer" part the clip norm evenly between the A and B factors, or among
     layers, for units example and user. A run stops before it would exceed `budget`, an epsilon.
+    `gradients` "ghost" clips without holding the gradient of any example, which takes less memory
+    where ranks are long against sequences; rules of plain factors and one rank have it.
     `generator` "system" takes noise and samples from a secret key in the run folder instead of the
     seed; without it nobody can repeat them or take them off.
     """
@@ -51,6 +53,7 @@ class PrivacySection(Section):
     clip_norm_from: Literal["public", "data"] = "public"
     clip: Literal["joint", "per-factor", "per-layer"] = "joint"
     adaptive: AdaptiveSection | None = None
+    gradients: Literal["vmap", "ghost"] = "vmap"
     noise_multiplier: NotNegative = 1.0
     delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
     sampling: Literal["poisson", "full", "fixed"] = "poisson"
@@ -129,6 +132,7 @@ class PrivacySection(Section):
             "colluding": (not shares, 'trust = "distributed"'),
             "client_rate": (self.unit != "client", "unit client"),
             "clip": (self.unit == "client", "unit example or user"),
+            "gradients": (self.unit == "client", "unit example or user"),
         }
         for key, (idle, what) in unread.items():
             if idle and getattr(self, key) != PrivacySection.model_fields[key].default:

@@ -9,7 +9,7 @@ Notation: S local steps, N rows of the client's table, B rows a step, M rows a m
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,8 @@ class ExamplePrivacy:
         period: a row's turn comes every so many steps of the run; see `ClientTable.turns`.
         adaptive: the clip norm follows a private quantile, from its own initial norm on; None keeps
             it. The noise multiplier is then that of sum and count together.
+        method: how the clipped sum is computed; "ghost" never holds the gradients of examples, and
+            takes plain factors of one rank.
     """
 
     clip_norm: float | Clip
@@ -52,6 +54,7 @@ class ExamplePrivacy:
     correlation: Correlation | None = None
     period: int = 1
     adaptive: AdaptiveClip | None = None
+    method: Literal["vmap", "ghost"] = "vmap"
 
     def __post_init__(self) -> None:
         """Raises UserError for an adaptive norm with a kind, or noise, that it does not go with."""
@@ -370,7 +373,14 @@ def _clipped_sum(
     )
     bound = privacy.clip_norm if privacy.adaptive is None else clip.clip_norm
     total, stats = poisson_clipped_grad_sum(
-        row_loss, params, table.rows, indices_N, count, bound, training.microbatch
+        row_loss,
+        params,
+        table.rows,
+        indices_N,
+        count,
+        bound,
+        training.microbatch,
+        privacy.method,
     )
     return total, ClientMetrics(stats.loss * stats.weight, stats.weight, stats.clipped)
 

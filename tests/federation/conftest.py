@@ -18,6 +18,9 @@ from fedjax_llm.privacy import PrivacyPlan
 from fedjax_llm.training import ExamplePrivacy, LocalTraining
 
 LENGTH = 24
+# Rules, one of each kind: one side, two sums, phases, own weights, kept sides, stacks. The others
+# have the same code between them and the federation; what is long is only drilled with them.
+KINDS = {"ffa", "fedask", "fed-sb", "hetlora", "fedsa", "flora"}
 SIZES = {"north": 20, "south": 32, "west": 26}
 CONFIG = DecoderConfig.from_hf(
     {
@@ -35,6 +38,15 @@ CONFIG = DecoderConfig.from_hf(
         "hidden_act": "silu",
     }
 )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `each_rule` are drilled for all rules but `KINDS`."""
+    for item in items:
+        if not (isinstance(item, pytest.Function) and item.get_closest_marker("each_rule")):
+            continue
+        if item.callspec.params["name"] not in KINDS:
+            item.add_marker(pytest.mark.drill)
 
 
 def rows(seed: int, count: int) -> Batch:

@@ -77,6 +77,7 @@ def test_every_sum_gives_the_same_bytes(
     assert same_bytes(plain_bytes(unit), run(federate(unit, sum_mode=mode)))
 
 
+@pytest.mark.each_rule
 @pytest.mark.parametrize("name", sorted(RULES))
 def test_training_lowers_held_out_loss_in_every_cloud(federate: Build, name: str) -> None:
     training = LocalTraining(optax.adam(0.05), 4, 6, 4)

@@ -418,3 +418,22 @@ def test_integers_so_coarse_that_rounding_takes_the_clip_are_refused(model: Mode
             control=False,
             bits=None,
         )
+
+
+def test_ghost_norms_end_near_the_same_adapter_and_refuse_unequal_ranks(
+    federate: Build, make_participants: Callable[..., Any]
+) -> None:
+    found = []
+    for method in ("vmap", "ghost"):
+        privacy = ExamplePrivacy(0.5, 0.8, method=method)
+        training = LocalTraining(optax.sgd(0.1), 2, 6, 4, privacy)
+        federation = federate("example", ROUNDS, training=training)
+        found.append(adapter(federation.run_round(federation.init())[0]))
+    # Clipped rows are up to 2^-10 shorter by ghost norms.
+    np.testing.assert_allclose(found[0], found[1], atol=2e-4)
+    clouds = make_participants()
+    clouds[0] = dataclasses.replace(clouds[0], rank=1)
+    ghost = ExamplePrivacy(0.5, 0.8, method="ghost")
+    training = LocalTraining(optax.sgd(0.1), 2, 6, 4, ghost)
+    with pytest.raises(UserError, match="ghost norms take one rank"):
+        federate("example", ROUNDS, participants=clouds, training=training)

@@ -112,18 +112,8 @@ Played = Callable[[str], tuple[Federation, FederationState, list[RoundReport]]]
 Settings = Callable[[str], dict[str, Any]]
 
 
-# One of each kind: one side, two sums, phases, own weights, kept sides, stacks. The others have the
-# same code between them and the federation, and are drilled.
-KINDS = {"ffa", "fedask", "fed-sb", "hetlora", "fedsa", "flora"}
-
-
-def drilled(names: list[str]) -> list[Any]:
-    return [
-        name if name in KINDS else pytest.param(name, marks=pytest.mark.drill) for name in names
-    ]
-
-
-@pytest.mark.parametrize("name", drilled(ADDITIVE))
+@pytest.mark.each_rule
+@pytest.mark.parametrize("name", ADDITIVE)
 def test_rules_that_add_end_in_the_same_bytes_under_every_sum(
     federate: Build, played: Played, settings: Settings, name: str
 ) -> None:
@@ -132,7 +122,8 @@ def test_rules_that_add_end_in_the_same_bytes_under_every_sum(
         assert same_bytes(played(name)[1], hidden)
 
 
-@pytest.mark.parametrize("name", drilled(sorted(RULES)))
+@pytest.mark.each_rule
+@pytest.mark.parametrize("name", sorted(RULES))
 def test_one_device_and_two_give_the_same_bytes(
     federate: Build, played: Played, settings: Settings, name: str
 ) -> None:
@@ -141,6 +132,7 @@ def test_one_device_and_two_give_the_same_bytes(
     assert same_bytes(one, played(name)[1])
 
 
+@pytest.mark.each_rule
 @pytest.mark.parametrize("name", GLOBAL)
 def test_exact_rules_report_no_error_and_others_report_theirs(played: Played, name: str) -> None:
     """Up to fixed point, which the bound and its bits make small here; of different ranks."""
@@ -170,6 +162,7 @@ def test_the_error_does_not_follow_the_server_optimiser(federate: Build) -> None
     assert adam.aggregation_error == pytest.approx(plain.aggregation_error, abs=1e-6)
 
 
+@pytest.mark.each_rule
 @pytest.mark.parametrize("name", sorted(RULES))
 def test_bytes_reported_are_bytes_sent(played: Played, name: str) -> None:
     """Plain: the float32 arrays that a client of each rank has to send, and no padding."""
@@ -622,6 +615,7 @@ def test_attackers_change_what_they_send_and_nothing_else(
     assert close(update_of(federate(attackers=nobody, **fine)), one, 1e-6)
 
 
+@pytest.mark.each_rule
 @pytest.mark.parametrize("name", ["ffa", "fedsvd"])
 def test_a_robust_combination_withstands_a_client_that_scales(
     federate: Build, make_participants: Clouds, name: str

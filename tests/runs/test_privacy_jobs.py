@@ -257,6 +257,7 @@ def test_bad_settings_are_refused_in_one_line(
     [
         ("privacy.unit=example", "privacy.clip=per-factor", "aggregation.rule=factor-averaging"),
         ("privacy.unit=example", "privacy.clip=per-layer"),
+        ("privacy.unit=example", "privacy.gradients=ghost"),
         ("privacy.unit=example", "privacy.adaptive={quantile=0.4}"),
         ("privacy.adaptive={count_stddev=2.0}",),
     ],
