@@ -475,11 +475,13 @@ def main() -> None:
         return
     rows = []
     for name in [arguments.part] if arguments.part else PARTS:
-        rows += _alone("--here", name, "--turns", str(arguments.turns))
-    for found in rows:
-        bar = "" if found["bar"] is None else f"bar {found['bar']:g}"
-        met = {None: "", True: "met", False: "MISSED"}[found["met"]]
-        print(f"{found['name']:72} {found['measured']:16,.4f} {found['unit']:6} {bar:9} {met}")
+        own = _alone("--here", name, "--turns", str(arguments.turns))
+        for found in own:
+            bar = "" if found["bar"] is None else f"bar {found['bar']:g}"
+            met = {None: "", True: "met", False: "MISSED"}[found["met"]]
+            text = f"{found['name']:72} {found['measured']:16,.4f} {found['unit']:6} {bar:9} {met}"
+            print(text, flush=True)
+        rows += own
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
 

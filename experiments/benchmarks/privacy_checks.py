@@ -272,7 +272,7 @@ def shares(row: MakeRow, shared: Path) -> list[Row]:
                 training=fl.LocalTraining(optax.sgd(0.0), 1, 4, 4),
                 rule=rule,
                 plan=plan,
-                sum_mode=fl.Threshold(2),
+                sum_mode=fl.Threshold(2, count - dropouts),
                 measure_error=False,
             )
             state = federation.init()
