@@ -4,10 +4,7 @@ A ciphertext has room for N slots. The first carries the number 1, the canary, w
 number of clients; the others carry the integers, several per slot where they are small (``slots``).
 """
 
-import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -23,6 +20,7 @@ from fedjax_llm.secure.residues import pack
 from fedjax_llm.secure.scheme import Scheme
 from fedjax_llm.secure.slots import pack_slots, unpack_slots
 from fedjax_llm.secure.sums import WrongSum, checked_ints
+from fedjax_llm.secure.threads import in_order
 from fedjax_llm.secure.wire import Header, UploadWriter, parameters_digest
 
 
@@ -110,28 +108,3 @@ class LibraryClient:
                 "nothing is returned"
             )
         return total
-
-
-def in_order[In, Out](
-    function: Callable[[In], Out], items: Iterable[In], threads: int | None
-) -> Iterator[Out]:
-    """``map`` on threads, and lazy: at most ``threads`` results are made ahead.
-
-    Threads, never forked processes, which would all draw the same noise. None is one per processor.
-    """
-    threads = threads or os.cpu_count() or 1
-    if threads == 1:
-        yield from map(function, items)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        ahead: deque[Future[Out]] = deque()
-        try:
-            for item in items:
-                ahead.append(pool.submit(function, item))
-                if len(ahead) > threads:
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
-        finally:
-            for future in ahead:
-                future.cancel()

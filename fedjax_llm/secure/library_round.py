@@ -10,8 +10,9 @@ from fedjax_llm.secure.channels import Channels
 from fedjax_llm.secure.ciphertext_round import CiphertextSum
 from fedjax_llm.secure.intake import Intake
 from fedjax_llm.secure.keyholders import KeyHolders
-from fedjax_llm.secure.library_message import LibraryClient, in_order
+from fedjax_llm.secure.library_message import LibraryClient
 from fedjax_llm.secure.sums import Costs, RoundNumbers, WrongSum, checked_clients
+from fedjax_llm.secure.threads import in_order
 
 
 class LibraryRound:

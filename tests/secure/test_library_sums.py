@@ -11,7 +11,7 @@ import pytest
 from fedjax_llm.errors import Refused, UserError
 from fedjax_llm.secure import library_sum
 from fedjax_llm.secure.ciphertext_round import CiphertextSum
-from fedjax_llm.secure.library_message import LibraryClient, in_order
+from fedjax_llm.secure.library_message import LibraryClient
 from fedjax_llm.secure.library_sum import BfvSum, CkksSum
 from fedjax_llm.secure.parameters import choose
 from fedjax_llm.secure.plain import PlainSum
@@ -235,29 +235,6 @@ def test_uploads_are_made_as_they_are_asked_for(library, now, monkeypatch):
     unused = library.upload("x", now, vector)
     next(unused)
     unused.close()
-
-
-@pytest.mark.parametrize("threads", [1, 3])
-def test_in_order_is_map_and_makes_few_ahead(threads):
-    made = []
-
-    def double(number):
-        made.append(number)
-        return 2 * number
-
-    results = in_order(double, range(50), threads)
-    for number in range(50):
-        assert next(results) == 2 * number
-        assert len(made) <= number + 1 + threads
-    assert next(results, None) is None
-
-    def failing(number):
-        if number == 4:
-            raise Refused("four")
-        return number
-
-    with pytest.raises(Refused, match="four"):
-        list(in_order(failing, range(50), threads))
 
 
 def test_keys_that_rotate_end_the_rounds_under_them():
