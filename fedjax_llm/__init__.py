@@ -14,13 +14,29 @@ if TYPE_CHECKING:
     from fedjax_llm.aggregation import LossWeights as LossWeights
     from fedjax_llm.aggregation import Weights as Weights
     from fedjax_llm.clouds import Cloud as Cloud
+    from fedjax_llm.clouds import Compute as Compute
+    from fedjax_llm.clouds import Failures as Failures
     from fedjax_llm.clouds import Link as Link
+    from fedjax_llm.clouds import Prices as Prices
+    from fedjax_llm.clouds.schedules import Deadline as Deadline
+    from fedjax_llm.clouds.schedules import Decoupled as Decoupled
+    from fedjax_llm.clouds.schedules import FedBuff as FedBuff
+    from fedjax_llm.clouds.schedules import Streaming as Streaming
+    from fedjax_llm.clouds.schedules import Synchronous as Synchronous
+    from fedjax_llm.compression import CODECS as CODECS
+    from fedjax_llm.compression import Chain as Chain
+    from fedjax_llm.compression import PowerSgd as PowerSgd
+    from fedjax_llm.compression import Rotated as Rotated
+    from fedjax_llm.compression import Sketch as Sketch
+    from fedjax_llm.compression import TopMask as TopMask
+    from fedjax_llm.compression import TurnMask as TurnMask
     from fedjax_llm.data import CorpusSpec as CorpusSpec
     from fedjax_llm.data import load_corpus as load_corpus
     from fedjax_llm.errors import Refused as Refused
     from fedjax_llm.errors import UserError as UserError
     from fedjax_llm.federation import Bfv as Bfv
     from fedjax_llm.federation import Ckks as Ckks
+    from fedjax_llm.federation import Compression as Compression
     from fedjax_llm.federation import Federation as Federation
     from fedjax_llm.federation import Masked as Masked
     from fedjax_llm.federation import Participant as Participant
@@ -83,6 +99,22 @@ _HOMES = {
     "PerLayer": "privacy",
     "SkellamShares": "privacy",
     "secret_key": "privacy",
+    "Compression": "federation",
+    "TurnMask": "compression",
+    "TopMask": "compression",
+    "Sketch": "compression",
+    "Rotated": "compression",
+    "PowerSgd": "compression",
+    "Chain": "compression",
+    "CODECS": "compression",
+    "Synchronous": "clouds.schedules",
+    "Streaming": "clouds.schedules",
+    "FedBuff": "clouds.schedules",
+    "Decoupled": "clouds.schedules",
+    "Deadline": "clouds.schedules",
+    "Prices": "clouds",
+    "Failures": "clouds",
+    "Compute": "clouds",
 }
 
 __all__ = sorted(_HOMES)

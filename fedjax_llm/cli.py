@@ -38,6 +38,8 @@ app = typer.Typer(
 )
 models = typer.Typer(help="Models by name.", no_args_is_help=True)
 app.add_typer(models, name="models")
+data = typer.Typer(help="Data and tokenizers, before a run.", no_args_is_help=True)
+app.add_typer(data, name="data")
 
 Overrides = Annotated[
     list[str] | None,
@@ -115,12 +117,38 @@ def epsilon(
     ] = None,
 ) -> None:
     """Tell the epsilon of a run file's plan, and of other noise, rates and rounds."""
-    from fedjax_llm.runs import planned, runfile
+    from fedjax_llm.runs import harmonising, planned, runfile
 
-    plan = planned.privacy_plan(runfile.load(file, overrides or []), on_event=_print_notes)
-    typer.echo(plan.statement())
+    run_file = runfile.load(file, overrides or [])
+    plan = planned.privacy_plan(run_file, on_event=_print_notes)
+    typer.echo(harmonising.privacy_statement(plan.statement(), run_file))
     for line in planned.answers(plan, target, budget):
         typer.echo(line)
+
+
+@app.command()
+def plan(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A run file with a [plan].")],
+    overrides: Overrides = None,
+    write: Annotated[
+        Path | None,
+        typer.Option("--write", metavar="OUT.toml", help="Write the run file of the choice."),
+    ] = None,
+) -> None:
+    """Choose rank, local steps, bits and schedule that reach a target for the least."""
+    from rich.console import Console
+
+    from fedjax_llm.runs import disk, planning, runfile
+    from fedjax_llm.runs.planning import table
+
+    if write is not None and not write.absolute().parent.is_dir():
+        raise UserError(f"there is no folder {write.absolute().parent} to write {write.name} to")
+    planned = planning.make(runfile.load(file, overrides or []), on_event=_print_notes)
+    console = Console()
+    table.show(Console(width=console.width if console.is_terminal else 10_000), planned)
+    if write is not None:
+        disk.atomic_write(write, runfile.to_toml(planned.run_file))
+        typer.echo(str(write))
 
 
 @app.command()
@@ -191,6 +219,22 @@ def rules() -> None:
 
 
 @app.command()
+def clouds(
+    own: Annotated[
+        Path | None,
+        typer.Option("--catalogue", metavar="FILE", help="Your own figures, laid over these."),
+    ] = None,
+) -> None:
+    """List the catalogue of clouds: machines, prices and routes, with the source of each figure."""
+    from rich.console import Console
+
+    from fedjax_llm.runs import cloud_list
+
+    console = Console()
+    cloud_list.show(Console(width=console.width if console.is_terminal else 10_000), own)
+
+
+@app.command()
 def doctor() -> None:
     """Check this machine, and say how to mend what is wrong."""
     from fedjax_llm import doctor as checks
@@ -214,6 +258,62 @@ def models_list() -> None:
 
     for name, model in hub.REGISTRY.items():
         typer.echo(f"{name}\t{model.repository}\t{hub.cached(name) or 'not in the cache'}")
+
+
+@data.command("inspect")
+def data_inspect(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Files of rows.")],
+) -> None:
+    """Tell what files hold, and suggest a mapping for a run file."""
+    from fedjax_llm.data import read_rows
+    from fedjax_llm.data.harmonise import inspect_rows
+
+    for file in files:
+        for line in inspect_rows(str(file), read_rows(file)).lines():
+            typer.echo(line)
+
+
+@data.command("partition")
+def data_partition(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A run file.")],
+    overrides: Overrides = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="OUT.svg", help="Draw it as well.")
+    ] = None,
+) -> None:
+    """Tell who holds what in a run: sizes, labels, and how far each client is from the whole."""
+    from rich.console import Console
+
+    from fedjax_llm.runs import partition_report, runfile
+
+    if plot is not None:
+        partition_report.check_plot(plot)
+    found = partition_report.corpora(runfile.load(file, overrides or []), on_event=_print_notes)
+    statistics = partition_report.statistics(found)
+    console = Console()
+    width = console.width if console.is_terminal else 10_000
+    partition_report.show(Console(width=width), found, statistics)
+    if plot is not None:
+        partition_report.plot(statistics, plot)
+        typer.echo(str(plot))
+
+
+@data.command("tokenizer")
+def data_tokenizer(
+    folders: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="Model folders.")],
+) -> None:
+    """Print the hash of a tokenizer that clouds declare; of several, tell how they differ."""
+    from fedjax_llm.data.harmonise import identify
+    from fedjax_llm.models.tokenizer import load_tokenizer
+
+    found = [(folder, identify(load_tokenizer(folder))) for folder in folders]
+    for folder, identity in found:
+        typer.echo(f"{identity.digest}  {folder}")
+    for folder, identity in found[1:]:
+        if parts := found[0][1].differing(identity):
+            raise UserError(
+                f"{folder} and {found[0][0]} differ in {', '.join(parts)}; clouds must use one"
+            )
 
 
 def main(arguments: list[str] | None = None) -> None:

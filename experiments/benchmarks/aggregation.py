@@ -40,6 +40,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from table import Row, row, show, write
+
 HERE = Path(__file__).resolve().parent
 SHARED = Path(os.environ.get("FEDJAX_LLM_SHARED", HERE.parents[2] / "shared"))
 TEXT = SHARED / "data" / "lm_text" / "shakespeare_by_role.jsonl.gz"
@@ -51,15 +53,6 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 # Distinct clients among the ten; each message is there five times, which no cost depends on.
 WRITERS = 2
 YARDSTICK = "factor-averaging"
-Row = dict[str, Any]
-
-
-def row(
-    name: str, measured: float, unit: str, bar: float | None = None, least: bool = False
-) -> Row:
-    """One figure; ``least`` marks a bar that must be reached rather than not be passed."""
-    met = None if bar is None else bool(measured >= bar if least else measured <= bar)
-    return {"name": name, "measured": measured, "bar": bar, "unit": unit, "met": met}
 
 
 # Exactness.
@@ -542,17 +535,6 @@ def in_process(part: str, *arguments: str) -> list[Row]:
     return rows
 
 
-def show(rows: list[Row]) -> None:
-    width = max(len(each["name"]) for each in rows)
-    for each in rows:
-        bar = (
-            ""
-            if each["bar"] is None
-            else f"bar {each['bar']:g}  {'met' if each['met'] else 'MISSED'}"
-        )
-        print(f"{each['name']:<{width}}  {each['measured']:>11.4g} {each['unit']:<4} {bar}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the rows there")
@@ -585,8 +567,7 @@ def main() -> None:
         else:
             print(f"robustness: left out, {MODEL} or {TEXT} is not there", file=sys.stderr)
         show(rows)
-    if given.json:
-        given.json.write_text(json.dumps(rows, indent=2) + "\n")
+    write(rows, given.json)
 
 
 if __name__ == "__main__":

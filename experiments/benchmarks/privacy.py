@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import privacy_checks
+from table import Row, row, show, write
 
 HERE = Path(__file__).resolve().parent
 SHARED = Path(os.environ.get("FEDJAX_LLM_SHARED", HERE.parents[2] / "shared"))
@@ -45,15 +46,6 @@ OPACUS = Path(
 )
 CLIP, NOISE = 1.0, 1.0
 MICROBATCHES = (4, 8, 16)
-Row = dict[str, Any]
-
-
-def row(
-    name: str, measured: float, unit: str, bar: float | None = None, least: bool = False
-) -> Row:
-    """One figure; ``least`` marks a bar that must be reached rather than not be passed."""
-    met = None if bar is None else bool(measured >= bar if least else measured <= bar)
-    return {"name": name, "measured": measured, "bar": bar, "unit": unit, "met": met}
 
 
 def in_turns(work: dict[Any, Callable[[], float]], turns: int) -> dict[Any, list[float]]:
@@ -453,7 +445,7 @@ PARTS: dict[str, Callable[[int], list[Row]]] = {
     "clipping": part_clipping,
     **{
         name: lambda turns, part=part: part()
-        for name, part in privacy_checks.everything(row, SHARED).items()
+        for name, part in privacy_checks.everything(SHARED).items()
     },
 }
 
@@ -476,14 +468,9 @@ def main() -> None:
     rows = []
     for name in [arguments.part] if arguments.part else PARTS:
         own = _alone("--here", name, "--turns", str(arguments.turns))
-        for found in own:
-            bar = "" if found["bar"] is None else f"bar {found['bar']:g}"
-            met = {None: "", True: "met", False: "MISSED"}[found["met"]]
-            text = f"{found['name']:72} {found['measured']:16,.4f} {found['unit']:6} {bar:9} {met}"
-            print(text, flush=True)
+        show(own)
         rows += own
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
+    write(rows, arguments.json)
 
 
 if __name__ == "__main__":

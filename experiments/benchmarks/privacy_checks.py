@@ -18,12 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-Row = dict[str, Any]
-MakeRow = Callable[..., Row]
+from table import Row, row
 
 
-def accounting(row: MakeRow) -> list[Row]:
+def accounting() -> list[Row]:
     """Ten plans against dp-accounting."""
     import dp_accounting as dp
     from dp_accounting import pld
@@ -75,7 +73,7 @@ def accounting(row: MakeRow) -> list[Row]:
     return [row("accounting: largest difference to PLD, ten plans", max(apart), "", 1e-6)]
 
 
-def sensitivity(row: MakeRow, tries: int) -> list[Row]:
+def sensitivity(tries: int) -> list[Row]:
     """The longest contribution that hypothesis finds, over the stated bound."""
     import jax
     import jax.numpy as jnp
@@ -150,7 +148,7 @@ def sensitivity(row: MakeRow, tries: int) -> list[Row]:
     return rows
 
 
-def audits(row: MakeRow, shared: Path) -> list[Row]:
+def audits(shared: Path) -> list[Row]:
     """Lower bounds over the accountant's epsilon, with the clip and without."""
     import jax
     import jax.numpy as jnp
@@ -218,7 +216,7 @@ def audits(row: MakeRow, shared: Path) -> list[Row]:
     return rows
 
 
-def shares(row: MakeRow, shared: Path) -> list[Row]:
+def shares(shared: Path) -> list[Row]:
     """Variance of what encrypted sums open to, with 0, 1 and the most dropouts."""
     import jax
     import jax.numpy as jnp
@@ -298,12 +296,12 @@ def shares(row: MakeRow, shared: Path) -> list[Row]:
     return rows
 
 
-def everything(row: MakeRow, shared: Path) -> dict[str, Callable[[], list[Row]]]:
+def everything(shared: Path) -> dict[str, Callable[[], list[Row]]]:
     """The parts by name; those that need the shared folder are there only with it."""
     parts: dict[str, Callable[[], list[Row]]] = {
-        "accounting": lambda: accounting(row),
-        "sensitivity": lambda: sensitivity(row, 400),
+        "accounting": accounting,
+        "sensitivity": lambda: sensitivity(400),
     }
     if (shared / "models" / "stories260K").is_dir():
-        parts |= {"audit": lambda: audits(row, shared), "shares": lambda: shares(row, shared)}
+        parts |= {"audit": lambda: audits(shared), "shares": lambda: shares(shared)}
     return parts

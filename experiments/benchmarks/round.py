@@ -18,7 +18,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+
+from table import Row, row, show, write
 
 HERE = Path(__file__).resolve().parent
 QUICKSTART = HERE.parent / "quickstart" / "quickstart.toml"
@@ -34,7 +35,7 @@ MODELS: dict[str, list[str]] = {
 }
 
 
-def measure(name: str, rounds: int) -> list[dict[str, Any]]:
+def measure(name: str, rounds: int) -> list[Row]:
     """Runs one model in this process and returns its rows."""
     from fedjax_llm.runs import build, runfile
 
@@ -70,36 +71,28 @@ def measure(name: str, rounds: int) -> list[dict[str, Any]]:
     tokens = statistics.median(report.tokens / report.seconds["train"] for report in steady)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-    def row(what: str, measured: float, unit: str) -> dict[str, Any]:
-        return {
-            "name": f"{name}: {what}",
-            "measured": measured,
-            "bar": None,
-            "unit": unit,
-            "met": None,
-        }
-
-    return [
-        row("training speed", tokens, "tokens/s"),
-        row("round with evaluation", total, "s"),
-        row("share of the round in training", train / total, "1"),
-        row("share of the round in encryption, addition and decryption", secure / total, "1"),
-        row(
+    found = [
+        ("training speed", tokens, "tokens/s"),
+        ("round with evaluation", total, "s"),
+        ("share of the round in training", train / total, "1"),
+        ("share of the round in encryption, addition and decryption", secure / total, "1"),
+        (
             "share of the round in the rest (evaluation, server step)",
             1 - (train + secure) / total,
             "1",
         ),
-        row("trained parameters", float(federation.parameters), "1"),
-        row(
+        ("trained parameters", float(federation.parameters), "1"),
+        (
             "uplink of one cloud in one round",
             statistics.median(r.uplink_bytes / len(r.clouds) for r in steady),
             "bytes",
         ),
-        row("first round, with compilation", whole[0], "s"),
-        row("model and data", seconds_load, "s"),
-        row("key ceremony and set-up", seconds_keys, "s"),
-        row("peak memory of the process", float(peak), "bytes"),
+        ("first round, with compilation", whole[0], "s"),
+        ("model and data", seconds_load, "s"),
+        ("key ceremony and set-up", seconds_keys, "s"),
+        ("peak memory of the process", float(peak), "bytes"),
     ]
+    return [row(f"{name}: {what}", measured, unit) for what, measured, unit in found]
 
 
 def main() -> None:
@@ -127,10 +120,8 @@ def main() -> None:
                     stdout=subprocess.DEVNULL,
                 )
                 rows += json.loads(Path(part.name).read_text())
-    for row in rows:
-        print(f"{row['name']:72} {row['measured']:14,.3f} {row['unit']}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
+    show(rows)
+    write(rows, arguments.json)
 
 
 if __name__ == "__main__":

@@ -25,18 +25,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from table import Row, row, show, write
+
 MILLION = 1_000_000
 BITS, CLIENTS = 16, 8
 CLOUDS, THRESHOLD = ("medical", "finance", "general"), 2
-Row = dict[str, Any]
-
-
-def row(
-    name: str, measured: float, unit: str, bar: float | None = None, least: bool = False
-) -> Row:
-    """One figure; ``least`` marks a bar that must be reached rather than not be passed."""
-    met = None if bar is None else bool(measured >= bar if least else measured <= bar)
-    return {"name": name, "measured": measured, "bar": bar, "unit": unit, "met": met}
 
 
 def median_seconds(work: Callable[[], object], repeats: int) -> float:
@@ -425,17 +418,6 @@ def accelerator() -> str | None:
     return platform if platform not in ("", "cpu") else None
 
 
-def show(rows: list[Row]) -> None:
-    width = max(len(each["name"]) for each in rows)
-    for each in rows:
-        bar = (
-            ""
-            if each["bar"] is None
-            else f"bar {each['bar']:g}  {'met' if each['met'] else 'MISSED'}"
-        )
-        print(f"{each['name']:<{width}}  {each['measured']:>11.4g} {each['unit']:<3} {bar}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, default=None)
@@ -471,8 +453,7 @@ def main() -> None:
         rows += in_process("modes", *repeats, pinned=True)
         rows += in_process("server", *count)
         show(rows)
-    if given.json:
-        given.json.write_text(json.dumps(rows, indent=2) + "\n")
+    write(rows, given.json)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 Rows are read (`readers`), mapped from a cloud's own columns to the common `Record` (`mapping`),
 split so that no question is in training and in evaluation (`splitting`), rendered with the loss on
-the answer (`rendering`) and laid out as rectangular batches (`packing`). `load_corpus` does all of
-it for one cloud; `builtin` holds corpora that need no download.
+the answer (`rendering`) and laid out as rectangular batches (`packing`). In between, `harmonise`
+makes what clouds keep in their own ways into data for one model. `load_corpus` does all of it for
+one cloud; `builtin` holds corpora that need no download.
 """
 
 from .builtin import BUILTIN_NAMES as BUILTIN_NAMES
@@ -13,18 +14,38 @@ from .builtin import builtin_rows as builtin_rows
 from .corpus import Corpus as Corpus
 from .corpus import CorpusReport as CorpusReport
 from .corpus import CorpusSpec as CorpusSpec
+from .corpus import ReadRows as ReadRows
 from .corpus import load_corpus as load_corpus
 from .corpus import load_records as load_records
+from .corpus import read_cloud as read_cloud
+from .corpus import read_rows_of as read_rows_of
+from .division import Division as Division
+from .division import divide_rows as divide_rows
+from .division import token_counts as token_counts
 from .mapping import Mapping as Mapping
 from .mapping import MappingReport as MappingReport
 from .mapping import map_rows as map_rows
 from .mapping import map_rows_counted as map_rows_counted
 from .packing import to_batch as to_batch
+from .partition import ByKey as ByKey
+from .partition import Dirichlet as Dirichlet
+from .partition import Iid as Iid
+from .partition import Quantity as Quantity
+from .partition import Shards as Shards
+from .partition import Way as Way
+from .partition import by_key as by_key
 from .partition import by_label as by_label
+from .partition import by_quantity as by_quantity
+from .partition import by_shards as by_shards
 from .partition import dirichlet as dirichlet
+from .partition import dirichlet_to_size as dirichlet_to_size
 from .partition import iid as iid
 from .partition import partition as partition
 from .partition import select as select
+from .partition_plot import partition_svg as partition_svg
+from .partition_statistics import ClientStatistics as ClientStatistics
+from .partition_statistics import PartitionStatistics as PartitionStatistics
+from .partition_statistics import partition_statistics as partition_statistics
 from .poisoning import flip_labels as flip_labels
 from .readers import iter_rows as iter_rows
 from .readers import read_rows as read_rows
@@ -43,22 +64,37 @@ from .statistics import describe as describe
 
 __all__ = [
     "BUILTIN_NAMES",
+    "ByKey",
+    "ClientStatistics",
     "Corpus",
     "CorpusReport",
     "CorpusSpec",
+    "Dirichlet",
+    "Division",
+    "Iid",
     "Mapping",
     "MappingReport",
+    "PartitionStatistics",
+    "Quantity",
+    "ReadRows",
     "Record",
     "RenderReport",
     "Rendered",
+    "Shards",
     "TextTokenizer",
     "TokenStatistics",
+    "Way",
     "builtin_capacity",
     "builtin_mapping",
     "builtin_rows",
+    "by_key",
     "by_label",
+    "by_quantity",
+    "by_shards",
     "describe",
     "dirichlet",
+    "dirichlet_to_size",
+    "divide_rows",
     "flip_labels",
     "group_key",
     "iid",
@@ -69,11 +105,16 @@ __all__ = [
     "map_rows_counted",
     "normalise_text",
     "partition",
+    "partition_statistics",
+    "partition_svg",
     "prompt_text",
+    "read_cloud",
     "read_rows",
+    "read_rows_of",
     "render",
     "render_all",
     "select",
     "split_by_group",
     "to_batch",
+    "token_counts",
 ]

@@ -2,20 +2,29 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from fedjax_llm.data.builtin import builtin_capacity, builtin_mapping, builtin_rows
+from fedjax_llm.data.harmonise.conversations import open_conversations
+from fedjax_llm.data.harmonise.ledger import Ledger, Step
+from fedjax_llm.data.harmonise.pipeline import (
+    Harmonise,
+    harmonise_rows,
+    harmonise_training,
+    limit_step,
+    mapping_step,
+)
 from fedjax_llm.data.mapping import Mapping, MappingReport, map_rows_counted
 from fedjax_llm.data.packing import to_batch, to_batch_by_user
-from fedjax_llm.data.partition import How, partition
+from fedjax_llm.data.partition import Iid, Way, partition
 from fedjax_llm.data.poisoning import flip_labels
 from fedjax_llm.data.readers import read_rows
 from fedjax_llm.data.records import Record
 from fedjax_llm.data.rendering import RenderReport, TextTokenizer, render_all
-from fedjax_llm.data.splitting import keyed_hash, split_by_group
+from fedjax_llm.data.splitting import group_key, keyed_hash, split_by_group
 from fedjax_llm.data.statistics import TokenStatistics, describe
 from fedjax_llm.errors import UserError
 from fedjax_llm.models.batch import Batch
@@ -40,8 +49,8 @@ class CorpusSpec:
       seed: Of the embedded corpora, the shuffle and the split.
       clients: Among how many clients of the cloud the training rows are divided.
       partition: How they are divided; see `partition.partition`.
-      concentration: Of a Dirichlet partition.
       flipped: Whether the training answers are those of a label-flip attack.
+      harmonise: What is done to the rows before they are divided; None does nothing.
     """
 
     sources: tuple[str, ...]
@@ -55,9 +64,9 @@ class CorpusSpec:
     by_user: bool = False
     seed: int = 0
     clients: int = 1
-    partition: How = "iid"
-    concentration: float = 0.5
+    partition: Way = field(default_factory=Iid)
     flipped: bool = False
+    harmonise: Harmonise | None = None
 
 
 @dataclass(frozen=True)
@@ -65,7 +74,9 @@ class CorpusReport:
     """Where every row of a cloud went; no row disappears uncounted.
 
     `mapping.rows` = dropped by the mapping + `over_limit` + training and evaluation records.
-    `over_row` of the training records did not fit into their users' rows.
+    `over_row` of the training records did not fit into their users' rows. `ledger` has every step
+    of harmonisation, from the rows read to the records for training and evaluation; None without.
+    Where one corpus was divided among clouds, `whole` is its ledger, and `ledger` begins after it.
     """
 
     mapping: MappingReport
@@ -75,30 +86,62 @@ class CorpusReport:
     train: TokenStatistics
     evaluation: TokenStatistics
     over_row: int = 0
+    ledger: Ledger | None = None
+    whole: Ledger | None = None
 
     def lines(self) -> list[str]:
         """The report as lines for the user; lines about losses appear only where there are some."""
-        losses = {
-            "rows dropped because the answer is empty": self.mapping.empty_answers,
-            "rows dropped because the prompt is empty": self.mapping.empty_prompts,
-            "records left out by limit": self.over_limit,
+        losses = _losses(self) | {
             "contexts shortened to fit": self._both("context_cut"),
             "answers shortened to fit": self._both("answer_cut"),
             "records dropped because no token of the answer fits": self._both("lost"),
             "training examples left out because their user's row is full": self.over_row,
         }
-        missing = [
-            f"{count} rows without {column!r}" for column, count in self.mapping.missing.items()
-        ]
         return [
             f"training: {self.train}",
             f"evaluation: {self.evaluation}",
             *(f"{count} {what}" for what, count in losses.items() if count),
-            *missing,
+            *(self.ledger.lines() if self.ledger else ()),
+            *_missing(self.mapping),
         ]
 
     def _both(self, name: str) -> int:
         return sum(getattr(r, name) for r in (self.train_rendering, self.evaluation_rendering))
+
+
+@dataclass(frozen=True)
+class ReadRows:
+    """A cloud's records before the split.
+
+    Attributes:
+      records: What there is to train and evaluate on.
+      mapping: What became of the rows that were read.
+      over_limit: Records left out by `CorpusSpec.limit`.
+      ledger: What harmonisation did; None without it.
+      held_out: Groups for evaluation, where they are chosen for several clouds at once
+        (`division.divide_rows`); None lets the cloud choose, by `CorpusSpec.eval_fraction`.
+      whole: What harmonisation did to the corpus that these are a part of; None where they are not.
+    """
+
+    records: tuple[Record, ...]
+    mapping: MappingReport
+    over_limit: int = 0
+    ledger: Ledger | None = None
+    held_out: frozenset[str] | None = None
+    whole: Ledger | None = None
+
+    def lines(self) -> list[str]:
+        """What was lost, as lines for the user."""
+        return [
+            *(f"{count} {what}" for what, count in _losses(self).items() if count),
+            *(self.ledger.lines() if self.ledger else ()),
+            *_missing(self.mapping),
+        ]
+
+    def after(self, records: Sequence[Record], steps: Sequence[Step]) -> "ReadRows":
+        """What further steps of harmonisation left of the records."""
+        ledger = None if self.ledger is None else self.ledger + steps
+        return replace(self, records=tuple(records), ledger=ledger)
 
 
 @dataclass(frozen=True)
@@ -109,6 +152,8 @@ class Corpus:
       name: The cloud.
       train: Rows [N, length] for training (numpy), those of one client after those of another.
       client_rows: How many of them belong to each client.
+      client_records: How many of `train_records` belong to each client; not `client_rows` with
+        packing, with users as units, or where rendering lost some.
       evaluation: Rows [N, length] for evaluation (numpy); shares no group with `train`.
       train_records: The records behind `train`, before rendering.
       evaluation_records: The records behind `evaluation`, for example to generate from.
@@ -118,16 +163,63 @@ class Corpus:
     name: str
     train: Batch
     client_rows: tuple[int, ...]
+    client_records: tuple[int, ...]
     evaluation: Batch
     train_records: tuple[Record, ...]
     evaluation_records: tuple[Record, ...]
     report: CorpusReport
 
 
+def read_cloud(
+    name: str, spec: CorpusSpec, tokenizer: TextTokenizer, root: Path | None = None
+) -> ReadRows:
+    """Reads, maps, harmonises and limits one cloud's rows: all that needs no other cloud.
+
+    Args:
+      name: Name of the cloud; every error begins with it.
+      spec: What to read and how.
+      tokenizer: Of the base model, for bounds in tokens.
+      root: Folder that relative paths start from; None is the working directory.
+
+    Raises:
+      UserError: Any mistake in the spec or in the data, in one line that names the cloud.
+    """
+    try:
+        return read_rows_of(spec, tokenizer, root)
+    except UserError as error:
+        raise UserError(f"cloud {name!r}: {error}") from error
+
+
+def read_rows_of(spec: CorpusSpec, tokenizer: TextTokenizer, root: Path | None = None) -> ReadRows:
+    """As `read_cloud`, of a corpus that belongs to no cloud yet.
+
+    Raises:
+      UserError: Any mistake in the spec or in the data, in one line.
+    """
+    records, counts = load_records(spec, root)
+    steps = []
+    if spec.harmonise is not None:
+        records, found = harmonise_rows(records, spec.harmonise, tokenizer.encode)
+        steps = [mapping_step(counts), *found]
+    kept = _limited(records, spec)
+    steps += limit_step(len(records), len(kept))
+    return ReadRows(
+        records=tuple(kept),
+        mapping=counts,
+        over_limit=len(records) - len(kept),
+        ledger=None if spec.harmonise is None else Ledger(tuple(steps)),
+    )
+
+
 def load_corpus(
-    name: str, spec: CorpusSpec, tokenizer: TextTokenizer, pad_id: int, root: Path | None = None
+    name: str,
+    spec: CorpusSpec,
+    tokenizer: TextTokenizer,
+    pad_id: int,
+    root: Path | None = None,
+    read: ReadRows | None = None,
 ) -> Corpus:
-    """Reads, maps, limits, splits, renders and batches one cloud's data.
+    """Reads, maps, harmonises, limits, splits, renders and batches one cloud's data.
 
     Args:
       name: Name of the cloud; every error begins with it.
@@ -135,10 +227,12 @@ def load_corpus(
       tokenizer: Tokenizer of the base model.
       pad_id: Token of the padding.
       root: Folder that relative paths start from; None is the working directory.
+      read: The rows, where `read_cloud` has read them already; None reads them.
 
     Raises:
       UserError: Any mistake in the spec or in the data, in one line that names the cloud.
     """
+    read = read or read_cloud(name, spec, tokenizer, root)
     try:
         if spec.by_user and spec.clients > 1:
             raise UserError(
@@ -150,9 +244,13 @@ def load_corpus(
                 "privacy unit user needs to know whose each row is; set user in the mapping to the "
                 "column that tells"
             )
-        records, counts = load_records(spec, root)
-        kept = _limited(records, spec)
-        train_records, evaluation_records = split_by_group(kept, spec.eval_fraction, spec.seed)
+        train_records, evaluation_records = _split(read, spec)
+        ledger = read.ledger
+        if spec.harmonise is not None and ledger is not None:
+            train_records, steps = harmonise_training(
+                train_records, evaluation_records, spec.harmonise, spec.seed
+            )
+            ledger += steps
         style = (tokenizer, spec.template, spec.length, spec.system)
         if spec.flipped:
             train_records = flip_labels(train_records, spec.seed)
@@ -184,17 +282,20 @@ def load_corpus(
             name=name,
             train=Batch(*(np.concatenate(arrays) for arrays in zip(*batches, strict=True))),
             client_rows=tuple(len(batch.tokens_BxT) for batch in batches),
+            client_records=tuple(count for _, count in counts_by_client),
             evaluation=to_batch(evaluation, spec.length, spec.packing, pad_id),
             train_records=tuple(train_records),
             evaluation_records=tuple(evaluation_records),
             report=CorpusReport(
-                mapping=counts,
-                over_limit=len(records) - len(kept),
+                mapping=read.mapping,
+                over_limit=read.over_limit,
                 train_rendering=train_counts,
                 evaluation_rendering=evaluation_counts,
                 train=describe(train),
                 evaluation=describe(evaluation),
                 over_row=over_row,
+                ledger=ledger,
+                whole=read.whole,
             ),
         )
     except UserError as error:
@@ -217,7 +318,7 @@ def load_records(spec: CorpusSpec, root: Path | None = None) -> tuple[list[Recor
             rows = builtin_rows(corpus, builtin_capacity(corpus), spec.seed)
             mapping = spec.mapping or builtin_mapping(corpus)
         else:
-            rows = read_rows((root or Path()) / source)
+            rows = open_conversations(read_rows((root or Path()) / source))
             if spec.mapping is None:
                 raise UserError(
                     f"{source}: needs a mapping from its columns ({', '.join(rows[0])}); "
@@ -228,19 +329,39 @@ def load_records(spec: CorpusSpec, root: Path | None = None) -> tuple[list[Recor
             mapped, report = map_rows_counted(rows, mapping)
         except UserError as error:
             raise UserError(f"{source}: {error}") from error
+        if not mapping.source:
+            name = source if source.startswith(BUILTIN_PREFIX) else Path(source).name
+            mapped = [replace(record, source=name) for record in mapped]
         records += mapped
         reports.append(report)
     return records, _total(reports)
+
+
+def _split(read: ReadRows, spec: CorpusSpec) -> tuple[list[Record], list[Record]]:
+    """Training and evaluation records."""
+    if read.held_out is None:
+        return split_by_group(read.records, spec.eval_fraction, spec.seed)
+    sides: tuple[list[Record], list[Record]] = ([], [])
+    for record in read.records:
+        sides[group_key(record) in read.held_out].append(record)
+    for side, own in zip(("training", "evaluation"), sides, strict=True):
+        if not own:
+            raise UserError(
+                f"none of the {len(read.records)} records is for {side}, since what single rows "
+                f"hold out is chosen for all clouds at once; change eval_fraction, or use "
+                f"granularity = 'groups'"
+            )
+    return sides
 
 
 def _divided(records: list[Record], spec: CorpusSpec) -> tuple[list[Record], list[tuple[int, int]]]:
     """The records in the order of the clients, and where each client's begin and how many."""
     if spec.clients == 1:
         return records, [(0, len(records))]
-    shares = partition(records, spec.clients, spec.partition, spec.concentration, spec.seed)
-    sizes = [len(indices) for indices in shares]
+    parts = partition(records, spec.clients, spec.partition, spec.seed)
+    sizes = [len(indices) for indices in parts]
     starts = [sum(sizes[:k]) for k in range(len(sizes))]
-    ordered = [records[index] for indices in shares for index in indices]
+    ordered = [records[index] for indices in parts for index in indices]
     return ordered, list(zip(starts, sizes, strict=True))
 
 
@@ -256,6 +377,21 @@ def _limited(records: list[Record], spec: CorpusSpec) -> list[Record]:
         )
     order = sorted(range(len(records)), key=lambda index: keyed_hash(str(index), spec.seed))
     return [records[index] for index in order[: spec.limit]]
+
+
+def _losses(report: CorpusReport | ReadRows) -> dict[str, int]:
+    """Rows lost before the split; a ledger has them in its own words."""
+    if report.ledger:
+        return {}
+    return {
+        "rows dropped because the answer is empty": report.mapping.empty_answers,
+        "rows dropped because the prompt is empty": report.mapping.empty_prompts,
+        "records left out by limit": report.over_limit,
+    }
+
+
+def _missing(mapping: MappingReport) -> list[str]:
+    return [f"{count} rows without {column!r}" for column, count in mapping.missing.items()]
 
 
 def _total(reports: Sequence[MappingReport]) -> MappingReport:

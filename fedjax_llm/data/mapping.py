@@ -10,7 +10,7 @@ from typing import Any
 from fedjax_llm.data.records import Record, normalise_text
 from fedjax_llm.errors import UserError
 
-FIELDS = ("prompt", "answer", "context", "label", "group", "user")
+FIELDS = ("prompt", "answer", "context", "label", "group", "user", "source")
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Mapping:
       label: Column or template of the class.
       group: Column or template of what must stay on one side of the split.
       user: Column or template that tells whose row it is.
+      source: Column or template that tells where a row came from; empty takes the file's name.
       values: For each column, what its values stand for: `{"sentiment": {0: "negative"}}`.
         Keys are compared as text, so that 0 and "0" are the same; applied before templates.
     """
@@ -38,6 +39,7 @@ class Mapping:
     label: str = ""
     group: str = ""
     user: str = ""
+    source: str = ""
     values: MappingABC[str, MappingABC[Any, str]] = field(default_factory=dict)
 
     def columns(self) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """The common record: what every cloud's rows become, whatever their own columns are called."""
 
 import unicodedata
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +19,8 @@ class Record:
         that several paraphrases share. Empty means: the prompt itself (`splitting.group_key`).
       user: Whose example it is, where a user is the unit of privacy; a user does not straddle the
         split either.
+      source: Where the row came from, such as the name of its file; not part of what it says, so
+        that two records of different sources can be equal.
     """
 
     prompt: str
@@ -27,6 +29,7 @@ class Record:
     label: str = ""
     group: str = ""
     user: str = ""
+    source: str = field(default="", compare=False)
 
 
 def normalise_text(text: str) -> str:

@@ -1,5 +1,6 @@
 """The federation: clouds around one frozen base model, trained as one batched program."""
 
+from fedjax_llm.federation.compressor import Compression as Compression
 from fedjax_llm.federation.federation import Federation as Federation
 from fedjax_llm.federation.keys import Purpose as Purpose
 from fedjax_llm.federation.keys import key_for as key_for
@@ -27,6 +28,7 @@ __all__ = [
     "CloudReport",
     "CohortLayout",
     "Combination",
+    "Compression",
     "Federation",
     "FederationState",
     "Masked",

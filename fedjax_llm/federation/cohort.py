@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from fedjax_llm.aggregation import AggregationRule, LocalResult, NormalisedMean, Part, Round
 from fedjax_llm.aggregation.part import subset
 from fedjax_llm.aggregation.weights import LossWeights
+from fedjax_llm.federation.compressor import Compressor
 from fedjax_llm.federation.keys import Purpose, key_for
 from fedjax_llm.federation.message import (
     EncodedMessage,
@@ -24,6 +25,7 @@ from fedjax_llm.federation.message import (
     WeightCodec,
     scaled,
 )
+from fedjax_llm.federation.replicas import Replicas
 from fedjax_llm.lora import Adapter
 from fedjax_llm.training import (
     ClientMetrics,
@@ -47,6 +49,8 @@ class ClientState(NamedTuple):
         control: its control variate for each phase; () without SCAFFOLD.
         noise: what correlated noise keeps; () without.
         clip: its adaptive clip norm; () without.
+        replica: what it trains on from cycle to cycle; () where each begins with the global model.
+        memory: what compression has left out so far; () without error feedback.
     """
 
     optimizer: tuple[PyTree, ...]
@@ -54,6 +58,8 @@ class ClientState(NamedTuple):
     control: tuple[PyTree, ...]
     noise: PyTree = ()
     clip: PyTree = ()
+    replica: PyTree = ()
+    memory: PyTree = ()
 
 
 class ClientInputs(NamedTuple):
@@ -64,20 +70,31 @@ class ClientInputs(NamedTuple):
         table: its training rows.
         state: what it carried over.
         weight: float32, its weight as far as it is known beforehand.
-        participates: bool, whether its message enters this round; the others send zeros.
+        trains: bool, whether it trains now; the others keep their state.
+        participates: bool, whether what it trains enters a sum; the others send zeros.
         online: bool, whether it can be reached; then it adds its share of integer noise.
         rank: int32, its rank.
         steps: int32, its local steps.
+        turn: int32, counts its cycles from 1 (rounds, where all wait for each other); addresses
+            its randomness.
+        lands: int32, the step that takes its message.
+        fresh: bool, whether a replica begins anew from the global model.
+        merged: bool [fragments], those that have come back since its last cycle.
     """
 
     place: jax.Array
     table: ClientTable
     state: ClientState
     weight: jax.Array
+    trains: jax.Array
     participates: jax.Array
     online: jax.Array
     rank: jax.Array
     steps: jax.Array
+    turn: jax.Array
+    lands: jax.Array
+    fresh: jax.Array
+    merged: jax.Array
 
 
 class Shared(NamedTuple):
@@ -89,6 +106,7 @@ class Shared(NamedTuple):
         control: the global control variate of the phase; () without SCAFFOLD.
         seed: the run's key.
         clip: the adaptive clip norm of messages; () without.
+        compression: the codec's public state; () without.
     """
 
     base: PyTree
@@ -97,6 +115,7 @@ class Shared(NamedTuple):
     control: PyTree
     seed: jax.Array
     clip: PyTree = ()
+    compression: PyTree = ()
 
 
 class Local(NamedTuple):
@@ -129,6 +148,8 @@ class Client:
         normalised: each message is divided by its length, or None.
         alike: messages are sent without their weight, because the server reads each.
         ranks_differ: whether some clients train fewer ranks than the adapter has.
+        replicas: how clients go on from their own copy; None where they do not.
+        compressor: how messages are shortened; None where they are sent whole.
     """
 
     training: LocalTraining
@@ -140,11 +161,15 @@ class Client:
     normalised: NormalisedMean | None
     alike: bool
     ranks_differ: bool
+    replicas: Replicas | None = None
+    compressor: Compressor | None = None
 
     def train(self, shared: Shared, client: ClientInputs) -> Local:
         """The local update of one client."""
         rule, phase = self.rule, self.phase
         before = self._start(shared, client)
+        if self.replicas is not None:
+            before = self.replicas.start(client.state.replica, before, client.fresh, client.merged)
 
         def limited(part: Part) -> Part:
             return rule.limited(before, part, client.rank) if self.ranks_differ else part
@@ -166,15 +191,13 @@ class Client:
             before,
             optimizer,
             client.table,
-            key_for(shared.seed, Purpose.EXAMPLE_SAMPLING, shared.number, client.place),
-            key_for(shared.seed, Purpose.LOCAL_NOISE, shared.number, client.place),
+            key_for(shared.seed, Purpose.EXAMPLE_SAMPLING, client.turn, client.place),
+            key_for(shared.seed, Purpose.LOCAL_NOISE, client.turn, client.place),
             client.steps,
             correction,
             NoiseStream(
-                (shared.number - jnp.int32(1)) * jnp.int32(self.training.steps),
-                key_for(
-                    shared.seed, Purpose.LOCAL_NOISE, shared.number - jnp.int32(1), client.place
-                ),
+                (client.turn - jnp.int32(1)) * jnp.int32(self.training.steps),
+                key_for(shared.seed, Purpose.LOCAL_NOISE, client.turn - jnp.int32(1), client.place),
                 client.state.noise,
                 client.state.clip,
             ),
@@ -189,21 +212,37 @@ class Client:
             client.state.control,
             client.state.noise,
             trained.clip,
+            after if self.replicas is not None else (),
+            client.state.memory,
         )
         control: PyTree = ()
         if self.training.drift.control:
             control = jax.tree.map(jnp.subtract, trained.gradient, client.state.control[phase])
             state = state._replace(control=_replaced(client.state.control, phase, trained.gradient))
         # Moments that are not finite would make every later message of the client zeros as well.
-        sound = client.participates & _finite((after, control))
+        sound = client.trains & _finite((after, control))
         # Noise goes on in every round, so that its steps are those by which turns are counted.
         state = _only_if(sound, state, client.state)._replace(noise=trained.noise)
         return Local(
             after,
             control,
             state,
-            _only_if(client.participates, trained.metrics, _zeros(trained.metrics)),
+            _only_if(client.trains, trained.metrics, _zeros(trained.metrics)),
         )
+
+    @property
+    def may_idle(self) -> bool:
+        """Whether a client that takes no part has nothing to compute.
+
+        Correlated noise goes on in every round.
+        """
+        privacy = self.training.privacy
+        return privacy is None or privacy.correlation is None
+
+    def idle(self, client: ClientInputs, shapes: Local) -> tuple[jax.Array, Local]:
+        """Whether a client neither trains nor adds noise, and what it has then."""
+        local = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        return ~(client.trains | client.online), local._replace(state=client.state)
 
     def weigh(self, shared: Shared, client: ClientInputs, local: Local) -> jax.Array:
         """The weight that follows from what the client found, int32 limbs; see `WeightCodec`."""
@@ -230,24 +269,39 @@ class Client:
             inverse_weight: one over the sum of the weights that follow from results; None where
                 there is none.
         """
-        tree = self.upload(stage, shared, client, local, public, inverse_weight)
-        return self.encoded(stage, shared.seed, shared.number, client, tree)
+        own = 0 if self.compressor else stage
+        tree = self.upload(
+            own, shared, client, local, () if self.compressor else public, inverse_weight
+        )
+        return self.encoded(stage, shared, client, tree, public)
 
     def encoded(
         self,
         stage: int,
-        seed: jax.Array,
-        number: jax.Array,
+        shared: Shared,
         client: ClientInputs,
         tree: PyTree,
+        public: PyTree,
     ) -> EncodedMessage:
-        """A message shortened, in fixed point, with the client's share of integer noise."""
-        codec = self.codecs[stage]
-        message = codec.encode(tree)
+        """A message compressed, shortened, in fixed point, with the client's share of noise."""
+        codec, seed, whole = self.codecs[stage], shared.seed, tree
+        compressor, memory = self.compressor, client.state.memory
+        if compressor is not None:
+            tree = compressor.encode(
+                shared.compression, seed, client.lands, memory, whole, stage, public
+            )
+        rounding = key_for(seed, Purpose.ROUNDING, client.turn, client.place)
+        message = codec.encode(tree, jax.random.fold_in(rounding, stage))
+        if compressor is not None and stage == len(self.codecs) - 1:
+            memory = compressor.remember(
+                shared.compression, seed, client.lands, memory, whole, public,
+                codec.sent(message), client.participates,
+            )  # fmt: skip
         message = _only_if(client.participates, message, _zeros(message))
+        message = message._replace(memory=memory)
         if codec.noise is None:
             return message
-        share_P = codec.share(key_for(seed, Purpose.NOISE_SHARE, number, client.place))
+        share_P = codec.share(key_for(seed, Purpose.NOISE_SHARE, client.turn, client.place))
         share_P = jnp.where(client.online, share_P, jnp.zeros_like(share_P))
         return message._replace(ints_P=message.ints_P + share_P)
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
+from fedjax_llm.clouds.site import Opening, Size
 from fedjax_llm.errors import UserError
 from fedjax_llm.federation.message import MessageCodec, WeightCodec
 from fedjax_llm.federation.sums import HiddenMode, Selective
@@ -74,6 +75,11 @@ class HiddenSums:
             if cloud in group
         )
 
+    def opening(self) -> Opening:
+        """What the clouds do to open the sum of a step; groups open theirs side by side."""
+        found = self.first.opening
+        return Opening(found.parties, Size(found.bytes_down, found.bytes_up))
+
     @property
     def first(self) -> SecureSum:
         """One of them; all hide alike."""
@@ -87,17 +93,23 @@ class HiddenSums:
             words = f"sums of {len(self._groups)} groups are opened apart ({shown}). " + words
         return words
 
-    def check(self, online: Sequence[str]) -> None:
-        """Refuses before anybody trains in vain what the sums would refuse after."""
+    def check(self, senders: Sequence[str], online: Sequence[str]) -> None:
+        """Refuses before anybody trains in vain what the sums would refuse after.
+
+        Args:
+            senders: whose messages a sum takes.
+            online: who can help to open it.
+        """
         for group, secure_sum in zip(self._groups, next(iter(self._open.values())), strict=True):
-            present = [name for name in group if name in online]
-            secure_sum.check_alive(present)
-            checked_clients(present, secure_sum.minimum_clients, secure_sum.summands)
+            secure_sum.check_alive([name for name in group if name in online])
+            sending = [name for name in group if name in senders]
+            checked_clients(sending, secure_sum.minimum_clients, secure_sum.summands)
 
     def total(
         self,
         codec: Codec,
         ints_CxP: jax.Array,
+        senders: Sequence[str],
         online: Sequence[str],
         number: int,
         ledger: "Ledger",
@@ -108,7 +120,8 @@ class HiddenSums:
         Args:
             codec: of the messages.
             ints_CxP: int32, each cloud's message in the order of the clouds.
-            online: those that send.
+            senders: those whose messages are added.
+            online: those that can help to open the sum.
             number: of the sum, above that of any before.
             ledger: is added to.
             on_stage: see `encrypted_sum`.
@@ -118,6 +131,7 @@ class HiddenSums:
                 secure_sum,
                 ints_CxP,
                 self._clouds,
+                [name for name in group if name in senders],
                 [name for name in group if name in online],
                 number,
                 ledger,
@@ -176,6 +190,7 @@ def encrypted_sum(
     secure_sum: SecureSum,
     ints_KxP: jax.Array,
     names: Sequence[str],
+    senders: Sequence[str],
     online: Sequence[str],
     round_number: int,
     ledger: Ledger,
@@ -189,7 +204,8 @@ def encrypted_sum(
         secure_sum: keys and parties.
         ints_KxP: int32, each cloud's message in the order of `names`; further rows are padding.
         names: all clouds.
-        online: those that send and can decrypt.
+        senders: those that send.
+        online: those that can decrypt.
         round_number: of this sum; larger than that of any before.
         ledger: is added to: the time in which chunks are made is "encrypt", the rest of their
             addition "add", everything from the last chunk to the sum "decrypt".
@@ -200,7 +216,7 @@ def encrypted_sum(
     """
     on_stage("encrypt")
     round_sum = secure_sum.begin(round_number)
-    for name in online:
+    for name in senders:
         ints_P = client_ints(ints_KxP, names.index(name))
         started = time.perf_counter()
         upload = _Metered(partial(secure_sum.upload, name, round_number, ints_P))

@@ -11,39 +11,38 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import NDArray
 
-from fedjax_llm.aggregation import AggregationRule, LossWeights, NormalisedMean, Weights
+from fedjax_llm.aggregation import AggregationRule, LossWeights, Weights
 from fedjax_llm.aggregation.robust import GroupRobust
-from fedjax_llm.errors import Refused, UserError
+from fedjax_llm.clouds.schedules import Schedule, Synchronous
+from fedjax_llm.errors import Refused
+from fedjax_llm.federation import pending
+from fedjax_llm.federation.assembly import Settings, assemble
+from fedjax_llm.federation.calendar import Calendar
+from fedjax_llm.federation.compressor import Compression
 from fedjax_llm.federation.evaluation import HeldOut
 from fedjax_llm.federation.exchange import Codec, HiddenSums, Ledger, OnStage
 from fedjax_llm.federation.keys import Seeds, seed_key
 from fedjax_llm.federation.layout import CohortLayout
-from fedjax_llm.federation.message import MessageCodec, Upload, WeightCodec, fitting_bits
-from fedjax_llm.federation.objective import row_loss
+from fedjax_llm.federation.link_promises import check_cycles
+from fedjax_llm.federation.message import WeightCodec
+from fedjax_llm.federation.planned_sums import planned_sums
 from fedjax_llm.federation.programs import RoundPrograms
-from fedjax_llm.federation.promises import (
-    Combination,
-    check_combination,
-    check_correlation,
-    check_integer,
-    check_plan,
-    check_selective,
-    weight_kinds,
-)
-from fedjax_llm.federation.recipe import Attackers, Recipe
+from fedjax_llm.federation.promises import Combination
+from fedjax_llm.federation.recipe import Attackers
 from fedjax_llm.federation.reports import RoundReport, report
 from fedjax_llm.federation.roads import BeforeOpening, Road
 from fedjax_llm.federation.roster import Roster
-from fedjax_llm.federation.shares import check_online, mechanism_and_bits, table_of
+from fedjax_llm.federation.shares import check_online
+from fedjax_llm.federation.spending import Spending
 from fedjax_llm.federation.state import FederationState, adapter_of, init_state
 from fedjax_llm.federation.sums import Plain, Selective, SumMode
 from fedjax_llm.federation.tables import Participant, check_participants
-from fedjax_llm.federation.wire_sizes import WireSizes
-from fedjax_llm.lora import Adapter, LoraConfig, add_dense, init_adapter
+from fedjax_llm.federation.virtual import Almanac, flops_per_token
+from fedjax_llm.lora import Adapter, LoraConfig, add_dense
 from fedjax_llm.models import Model, loss
 from fedjax_llm.privacy import PrivacyPlan, is_secret
-from fedjax_llm.privacy.integer_noise import NoiseTable
 from fedjax_llm.training import LocalTraining
 
 PyTree = Any
@@ -62,6 +61,8 @@ class Federation:
         rule: how messages become the next adapter.
         plan: what is promised about privacy; checked against what is really done.
         sum_mode: how messages are added.
+        schedule: when the server waits for whom; all wait for all if None.
+        compression: how messages are shortened; they are sent whole if None.
         combine: directions instead of updates, or a robust combination; the mean if None.
         update_bound: largest l2 norm of one client's message; longer ones are shortened to it.
             With privacy unit `client` the plan's clip norm takes its place.
@@ -70,6 +71,7 @@ class Federation:
             count as depending on data), or by loss; uniform if None.
         attackers: clients that send something else than what they trained, to try a defence.
         measure_error: whether each round's report tells the aggregation error.
+        steps: server steps of the run; the plan's rounds if None.
         seed: of all simulated randomness.
         noise_key: of noise and samples, from `privacy.secret_key`; from the seed if None.
         dtype: of activations.
@@ -77,6 +79,8 @@ class Federation:
         evaluation_microbatch: evaluation rows in memory at once on a device.
         clients_at_once: clients in one vmap; chosen by platform if None.
         devices: where to run; all devices by default.
+        timed_as: the sum whose bytes virtual time counts, where a trial adds messages on the
+            devices in place of it; `sum_mode` if None.
 
     Raises:
         UserError: no clouds, two of one name, bits or weights that do not fit, parts that have no
@@ -96,12 +100,15 @@ class Federation:
         rule: AggregationRule,
         plan: PrivacyPlan,
         sum_mode: SumMode,
+        schedule: Schedule | None = None,
+        compression: Compression | None = None,
         combine: Combination | None = None,
         update_bound: float = 1.0,
         value_bits: int | None = None,
         weights: Weights | LossWeights | Sequence[float] | None = None,
         attackers: Attackers | None = None,
         measure_error: bool = True,
+        steps: int | None = None,
         seed: int = 0,
         noise_key: jax.Array | None = None,
         dtype: jax.typing.DTypeLike = jnp.float32,
@@ -109,125 +116,39 @@ class Federation:
         evaluation_microbatch: int = 8,
         clients_at_once: int | None = None,
         devices: Sequence[jax.Device] | None = None,
+        timed_as: SumMode | None = None,
     ) -> None:
         check_participants(participants, lora.rank, training.steps, rule.facts.ranks)
-        self.model = model
-        self.participants = tuple(participants)
-        self.lora = lora
-        self.plan = plan
-        self.sum_mode = sum_mode
-        self.rule = rule
+        self.model, self.participants = model, tuple(participants)
+        self.lora, self.plan, self.sum_mode, self.rule = lora, plan, sum_mode, rule
+        self.schedule = schedule or Synchronous()
+        self.steps = plan.rounds if steps is None else steps
         self._training = training
-        public = seed_key(seed)
-        self._seed = public if noise_key is None else Seeds(public, noise_key)
-        if noise_key is not None and not is_secret(noise_key):
-            raise Refused(
-                "the noise key is one of JAX's own, of 64 bits or fewer; make it with "
-                "privacy.secret_key"
-            )
-        if (plan.generator == "system") != (noise_key is not None):
-            raise Refused(
-                f"the plan says that noise comes from the {plan.generator}, and the federation has "
-                f"{'a' if noise_key is not None else 'no'} secret noise key; make them agree"
-            )
-        count = len(participants)
-        self.layout = CohortLayout.over(count, clients_at_once, devices)
-        self.roster = roster = Roster(
+        self._seed = _seeds(seed, noise_key, plan)
+        self.layout = CohortLayout.over(len(participants), clients_at_once, devices)
+        self.roster = Roster(
             participants, self.layout, training, plan, weights, lora.rank, self._seed
         )
-        self._robust = robust = None if isinstance(combine, NormalisedMean) else combine
-        max_norm = plan.clip_norm if plan.unit == "client" else update_bound
-        check_combination(
-            rule=rule,
-            unit=plan.unit,
-            drift=training.drift,
-            hidden=not isinstance(sum_mode, Plain),
-            combine=combine,
-            bound=max_norm,
-            weighs=roster.weighs,
-            normalises=roster.weights.normalises_steps,
-            by_loss=roster.by_loss is not None,
-            attack=attackers.attack if attackers else None,
-        )
-        check_plan(plan, training, self.participants, weight_kinds(rule, roster.kind))
-        check_correlation(plan, rule)
-        check_selective(plan, sum_mode, rule)
-
-        cloud_groups = None
-        if isinstance(robust, GroupRobust):
-            robust.check(len(roster.clouds))
-            cloud_groups = tuple(int(group) for group in robust.assign(len(roster.clouds)))
-        elif robust is not None:
-            robust.check(count)
-        adaptive = plan.adaptive if plan.unit == "client" else None
-        noise_stddev = plan.noise_stddev if plan.trust == "central" else 0.0
-        if adaptive is not None:
-            # Messages are divided by the clip norm of their round.
-            max_norm, noise_stddev = 1.0, noise_stddev / plan.clip_norm
-        self._recipe = Recipe(
-            layout=self.layout,
+        settings = Settings(
+            lora=lora,
             training=training,
             rule=rule,
-            row_loss=lambda base, adapter, row: row_loss(model, base, adapter, row, dtype, remat),
-            by_loss=roster.by_loss,
-            normalised=combine if isinstance(combine, NormalisedMean) else None,
-            combine=robust,
-            groups=cloud_groups and tuple(cloud_groups[cloud] for cloud in roster.cloud_K),
-            clouds=roster.cloud_K,
+            plan=plan,
+            sum_mode=sum_mode,
+            schedule=self.schedule,
+            compression=compression,
+            combine=combine,
+            update_bound=update_bound,
+            value_bits=value_bits,
             attackers=attackers,
-            server_noise_stddev=noise_stddev,
-            server_noise=plan.correlation if plan.trust == "central" else None,
-            adaptive=adaptive,
-            expected=sum(plan.expected_sizes) if plan.unit == "client" else float(count),
-            # A sum of weights that follow from private data would be one more release.
-            sums_weights=plan.unit != "client"
-            and (roster.by_loss is not None or rule.weighs_by_result),
-            measures_error=measure_error
-            and combine is None
-            and not rule.kept
-            and not roster.weights.normalises_steps,
-            ranks_differ=any(own != lora.rank for own in roster.ranks),
+            measure_error=measure_error,
+            dtype=dtype,
+            remat=remat,
         )
-        if self._recipe.sums_weights and count > WeightCodec.MOST_CLIENTS:
-            raise UserError(
-                f"weights that follow from results add up for at most {WeightCodec.MOST_CLIENTS} "
-                f"clients, there are {count}; use weights that are known beforehand"
-            )
-        shapes = jax.eval_shape(
-            lambda key: rule.init(init_adapter(model.config, lora, key)), public
-        )
-        noise: NoiseTable | None = None
-        if plan.integer is None:
-            bits = fitting_bits(value_bits, count)
-        else:
-            done, bits = mechanism_and_bits(
-                model.config,
-                lora,
-                rule,
-                plan.integer.shares,
-                clip_norm=plan.clip_norm,
-                noise_multiplier=plan.noise_multiplier,
-                control=training.drift.control,
-                bits=value_bits,
-            )
-            check_integer(plan, done, self.participants, sum_mode)
-            for number in sorted(set[int]().union(*(p.offline_rounds for p in participants))):
-                if number <= plan.allowed_rounds:
-                    check_online(done, int(roster.online(number).sum()), number)
-            noise = table_of(done, plan.noise_multiplier)
+        parts = assemble(model, settings, self.roster, self.layout)
+        self._robust, self._recipe, self._sizes = settings.robust, parts.recipe, parts.sizes
         self._programs = tuple(
-            RoundPrograms(self._recipe, phase, self._codecs(shapes, phase, max_norm, bits, noise))
-            for phase in range(len(rule.phases))
-        )
-        self._sizes = WireSizes(
-            rule,
-            shapes,
-            roster.ranks,
-            roster.cloud_K,
-            training.drift.control,
-            self._recipe.sums_weights,
-            self._recipe.reads_messages,
-            adaptive is not None,
+            RoundPrograms(parts.recipe, phase, codecs) for phase, codecs in enumerate(parts.codecs)
         )
         self._base = self.layout.replicate(model.base)
         self._road = Road(
@@ -248,32 +169,38 @@ class Federation:
         )
         self._hidden: HiddenSums | None = None
         if not isinstance(sum_mode, Plain):
-            codecs: list[Codec] = [c for programs in self._programs for c in programs.codecs]
+            wanted: list[Codec] = [codec for codecs in parts.codecs for codec in codecs]
             if self._recipe.sums_weights:
-                codecs.append(WeightCodec)
-            most = max(len(roster.members(cloud)) for cloud in range(len(roster.clouds)))
-            self._hidden = HiddenSums(sum_mode, self.names, cloud_groups, most, codecs)
+                wanted.append(WeightCodec)
+            clouds = range(len(self.roster.clouds))
+            most = max(len(self.roster.members(cloud)) for cloud in clouds)
+            self._hidden = HiddenSums(sum_mode, self.names, parts.groups, most, wanted)
+        length = participants[0].train.tokens_BxT.shape[1]
+        self._almanac = Almanac(
+            self.schedule,
+            self.roster,
+            training,
+            parts.sizes,
+            parts.codecs,
+            self._hidden if timed_as is None else planned_sums(timed_as, parts, self.roster),
+            parts.recipe.replicas.fragments if parts.recipe.replicas else 1,
+            flops_per_token(model, parts.server.adapter, length, remat),
+            length,
+            seed,
+        )
+        check_cycles(plan, self.calendar, self.steps)
 
-    def _codecs(
-        self, server: Any, phase: int, max_norm: float, bits: int, noise: NoiseTable | None
-    ) -> tuple[MessageCodec, ...]:
-        """The fixed point of each stage's message."""
-        rule, control = self.rule, self._training.drift.control
-        found = []
-        for stage, message in enumerate(rule.messages(server, phase)[0]):
-            extra = rule.trainable(server, phase) if control and stage == 0 else ()
-            tree = Upload(message, extra)
-            found.append(
-                MessageCodec.for_tree(
-                    tree,
-                    max_norm=max_norm,
-                    bits=bits,
-                    clients=len(self.participants),
-                    noise=noise,
-                    counts=self._recipe.adaptive is not None,
-                )
-            )
-        return tuple(found)
+    @property
+    def calendar(self) -> Calendar:
+        """Who does what when, in virtual time; known before anything is trained."""
+        return self._almanac.calendar(self.steps)
+
+    @property
+    def spending(self) -> Spending:
+        """What steps of this run cost of its privacy plan."""
+        return Spending(
+            self.plan, self.calendar, self.participants, self.roster.cloud_K, self.steps
+        )
 
     @property
     def parameters(self) -> int:
@@ -332,6 +259,11 @@ class Federation:
             self._robust,
             self._recipe.server_noise,
             self._recipe.adaptive,
+            self._recipe.replicas is not None,
+            self._recipe.compressor,
+            None
+            if self.schedule.timely
+            else (self.calendar.slots, self._programs[0].codecs[0].length[0]),
         )
 
     def model_of(self, state: FederationState, cloud: str | None = None) -> tuple[PyTree, Adapter]:
@@ -401,47 +333,61 @@ class Federation:
                 more rounds. The state is unchanged.
         """
         number = int(state.round) + 1
-        if self.plan.unit != "none" and number > self.plan.allowed_rounds:
+        if self.plan.unit != "none" and self.spending.rounds(number) > self.plan.allowed_rounds:
             within = "" if self.plan.budget is None else f" within epsilon {self.plan.budget:g}"
             raise Refused(
                 f"round {number}: the privacy plan accounts for {self.plan.allowed_rounds} "
                 f"rounds{within}; plan more, at a larger epsilon"
             )
         online_K = self.roster.online(number)
+        calendar = self._almanac.calendar(max(number, self.steps))
+        landing = calendar.landing(number)
+        lands_K = online_K & landing.lands_K
+        self._check_landing(number, lands_K, online_K)
         online = self.roster.clouds_online(online_K)
-        if isinstance(self._robust, GroupRobust):
-            groups = self._recipe.groups or ()
-            reached = {group for group, here in zip(groups, online_K, strict=True) if here}
-            self._robust.inner.check(len(reached))
-        elif self._robust is not None:
-            self._robust.check(int(online_K.sum()))
-        if self._hidden is not None:
-            self._hidden.check(online)
-        if self.plan.integer is not None:
-            check_online(self.plan.integer, int(online_K.sum()), number)
+        senders = self.roster.clouds_online(lands_K)
         phase = self.rule.phase(number)
-        programs = self._programs[phase]
-        selected_K = online_K & self.roster.selected(number)
-        clients = self.roster.inputs(state.clients, selected_K, online_K)
-        inverse = jnp.float32(1 / self.roster.divisor(online_K, self._recipe.sums_weights))
-        ledger = Ledger.of(self.names)
+        programs, ledger = self._programs[phase], Ledger.of(self.names)
         on_stage("train")
-        given = (programs, state.globals, clients, inverse, number, ledger)
-        if self._hidden is None:
-            applied, local, message = self._road.plain(*given)
-        else:
-            applied, local, message = self._road.hidden(
-                *given, self._hidden, online, on_stage, before_opening
+        if not self.schedule.timely:
+            outcome = pending.step(
+                self._road,
+                programs,
+                self.roster,
+                calendar,
+                state,
+                ledger,
+                self._opener(programs, number, senders, online, ledger, on_stage, before_opening),
             )
+        else:
+            selected_K = lands_K & self.roster.selected(number)
+            clients = self.roster.inputs(state.clients, number, selected_K, lands_K)
+            inverse = jnp.float32(1 / self.roster.divisor(lands_K, self._recipe.sums_weights))
+            given = (programs, state.globals, clients, inverse, number, ledger)
+            if self._hidden is None:
+                outcome = self._road.plain(*given)
+            else:
+                outcome = self._road.hidden(
+                    *given, self._hidden, senders, online, on_stage, before_opening
+                )
         for cloud, name in enumerate(self.names):
             if self._hidden is None:
-                ledger.sent[name] += self._sizes.up(phase, cloud, online_K.tolist())
-            ledger.received[name] += self._sizes.down(phase, cloud, online_K.tolist())
-        new = applied.state
+                ledger.sent[name] += self._sizes.up(phase, cloud, lands_K.tolist())
+            ledger.received[name] += self._sizes.down(phase, cloud, lands_K.tolist())
+        new = outcome.applied.state
         new_state = FederationState(
             jnp.int32(number),
-            *_on_first_device((new.server, _own(local.state, len(self.participants)))),
-            *_on_first_device((new.control, new.combine, new.noise, new.clip)),
+            *_on_first_device((new.server, _own(outcome.clients, len(self.participants)))),
+            *_on_first_device(
+                (
+                    new.control,
+                    new.combine,
+                    new.noise,
+                    new.clip,
+                    new.compression,
+                    outcome.pending,
+                )
+            ),
         )
         return new_state, report(
             number=number,
@@ -449,14 +395,57 @@ class Federation:
             clouds=self.roster.clouds,
             cloud_K=self.roster.cloud_K,
             online=online,
-            metrics=jax.device_get(local.metrics),
-            norms_K=np.asarray(message.norm)[: len(self.participants)],
+            metrics=jax.device_get(outcome.metrics),
+            norms_K=np.asarray(outcome.norm_K)[: len(self.participants)],
             private=self._training.privacy is not None,
             max_norm=programs.codecs[0].max_norm,
-            update_norm=float(applied.update_norm),
-            error=float(applied.error),
+            update_norm=float(outcome.applied.update_norm),
+            error=float(outcome.applied.error),
             ledger=ledger,
+            calendar=calendar,
         )
+
+    def _check_landing(
+        self, number: int, lands_K: NDArray[np.bool_], online_K: NDArray[np.bool_]
+    ) -> None:
+        """Refuses a sum of messages that are too few for what combines, opens or hides them."""
+        if isinstance(self._robust, GroupRobust):
+            groups = self._recipe.groups or ()
+            reached = {group for group, here in zip(groups, lands_K, strict=True) if here}
+            self._robust.inner.check(len(reached))
+        elif self._robust is not None:
+            self._robust.check(int(lands_K.sum()))
+        if self._hidden is not None:
+            self._hidden.check(
+                self.roster.clouds_online(lands_K), self.roster.clouds_online(online_K)
+            )
+        if self.plan.integer is not None:
+            check_online(self.plan.integer, int(lands_K.sum()), number)
+
+    def _opener(
+        self,
+        programs: RoundPrograms,
+        number: int,
+        senders: Sequence[str],
+        online: Sequence[str],
+        ledger: Ledger,
+        on_stage: OnStage,
+        before_opening: BeforeOpening,
+    ) -> pending.Open | None:
+        """What takes the sum of one stage between the clouds; None on the devices."""
+        hidden = self._hidden
+        if hidden is None:
+            return None
+
+        def opened(ints_KxP: jax.Array) -> jax.Array:
+            before_opening(number, senders)
+            ints_CxP = programs.by_cloud(ints_KxP)
+            found = hidden.total(
+                programs.codecs[0], ints_CxP, senders, online, number, ledger, on_stage
+            )
+            return jnp.asarray(found, jnp.int32)
+
+        return opened
 
 
 _with_residual = jax.jit(add_dense)
@@ -470,3 +459,19 @@ def _own(states: PyTree, count: int) -> PyTree:
 def _on_first_device(tree: PyTree) -> PyTree:
     """Takes one copy of a replicated tree, so that a state does not depend on the devices."""
     return jax.tree.map(lambda leaf: jnp.asarray(jax.device_get(leaf)), tree)
+
+
+def _seeds(seed: int, noise_key: jax.Array | None, plan: PrivacyPlan) -> jax.Array | Seeds:
+    """The roots of randomness, if they are those that the plan names."""
+    if noise_key is not None and not is_secret(noise_key):
+        raise Refused(
+            "the noise key is one of JAX's own, of 64 bits or fewer; make it with "
+            "privacy.secret_key"
+        )
+    if (plan.generator == "system") != (noise_key is not None):
+        raise Refused(
+            f"the plan says that noise comes from the {plan.generator}, and the federation has "
+            f"{'a' if noise_key is not None else 'no'} secret noise key; make them agree"
+        )
+    public = seed_key(seed)
+    return public if noise_key is None else Seeds(public, noise_key)

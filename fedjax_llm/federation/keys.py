@@ -28,6 +28,8 @@ class Purpose(enum.IntEnum):
     ATTACK = 7
     NOISE_SHARE = 8
     COUNT_NOISE = 9
+    COMPRESSION = 10
+    ROUNDING = 11
 
 
 # What no other party may know or repeat.

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -82,11 +83,17 @@ class CohortLayout:
         """Inside a program: the same on every device, as what the server does with it has to be."""
         return jax.lax.with_sharding_constraint(tree, NamedSharding(self.mesh, PartitionSpec()))
 
-    def map_clients(self, one_client: Callable[..., PyTree]) -> Callable[..., PyTree]:
+    def map_clients(
+        self,
+        one_client: Callable[..., PyTree],
+        idle: Callable[[PyTree, PyTree], tuple[jax.Array, PyTree]] | None = None,
+    ) -> Callable[..., PyTree]:
         """Turns a function of one client into one of all of them.
 
         Args:
             one_client: `(shared, client) -> result`, both pytrees.
+            idle: `(client, shapes of a result) -> (bool, result)`: whether a client has nothing to
+                do, and the result then. A group in which nobody has is not computed.
 
         Returns:
             `(shared, clients) -> results`, where the leaves of `clients` and of the results have
@@ -98,7 +105,17 @@ class CohortLayout:
                 lambda leaf: leaf.reshape(-1, self.group, *leaf.shape[1:]), clients
             )
             batched = jax.vmap(one_client, in_axes=(None, 0))
-            results = jax.lax.map(lambda group: batched(shared, group), grouped)
+
+            def run(group: PyTree) -> PyTree:
+                if idle is None:
+                    return batched(shared, group)
+                shapes = jax.eval_shape(one_client, shared, jax.tree.map(lambda x: x[0], group))
+                idles_G, results_G = jax.vmap(lambda client: idle(client, shapes))(group)
+                return jax.lax.cond(
+                    jnp.all(idles_G), lambda: results_G, lambda: batched(shared, group)
+                )
+
+            results = jax.lax.map(run, grouped)
             return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), results)
 
         return jax.shard_map(

@@ -15,6 +15,8 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from numpy.typing import NDArray
 
+from fedjax_llm.compression import norm_before_rounding, quantise, quantise_within, step_for
+from fedjax_llm.compression.rounding import check_bits
 from fedjax_llm.errors import UserError
 from fedjax_llm.privacy import clip, indicator
 from fedjax_llm.privacy.integer_noise import NoiseTable, draw
@@ -27,6 +29,8 @@ _SUM_BITS = 31
 # Two coordinates share a slot of mode `bfv` as long as a sum takes no more than this.
 _PAIRED_SUM_BITS = 25
 _COARSEST_DEFAULT = 16
+# How often one draw of stochastic rounding may be longer than a strict codec allows.
+_TOO_LONG = 1e-3
 
 
 class Upload(NamedTuple):
@@ -54,10 +58,12 @@ class EncodedMessage(NamedTuple):
         norm: float32, l2 norm of the weighted message before clipping; not finite if training
             diverged, that is if it holds NaN, infinity, or values whose squares float32 cannot
             hold. It depends on the client's data: with unit `client` no guarantee covers it.
+        memory: what error feedback keeps at the client; () without.
     """
 
     ints_P: jax.Array
     norm: jax.Array
+    memory: PyTree = ()
 
 
 @dataclass(frozen=True)
@@ -65,8 +71,8 @@ class MessageCodec:
     """Fixed-point coding of a pytree of P float32 parameters.
 
     Formal guarantee: the decoded message of any client has l2 norm at most `max_norm`, whatever
-    the client computed, rounding included; the tree of a training that diverged becomes all zeros
-    and is reported through `EncodedMessage.norm`.
+    the client computed, rounding included unless it is at random and not `strict`; the tree of a
+    training that diverged becomes all zeros and is reported through `EncodedMessage.norm`.
 
     Attributes:
         size: P.
@@ -78,6 +84,9 @@ class MessageCodec:
             None.
         counts: whether one more integer tells if the norm was within `max_norm`: twice the
             `indicator` of an adaptive clip norm, 1 or -1, and 0 from who takes no part.
+        stochastic: whether rounding is at random, right on average; else to the nearest.
+        strict: whether the rounded vector keeps the norm too. Nearest rounding always does; at
+            random it costs length or draws, and is needed where the norm is a sensitivity.
     """
 
     size: int
@@ -86,6 +95,8 @@ class MessageCodec:
     unravel: Callable[[jax.Array], PyTree]
     noise: NoiseTable | None = None
     counts: bool = False
+    stochastic: bool = False
+    strict: bool = True
 
     @classmethod
     def for_tree(
@@ -97,12 +108,34 @@ class MessageCodec:
         clients: int,
         noise: NoiseTable | None = None,
         counts: bool = False,
+        reach: float | None = None,
+        stochastic: bool = False,
+        strict: bool = True,
     ) -> "MessageCodec":
-        """Builds the codec for trees shaped like `tree`, summed over at most `clients`."""
+        """Builds the codec for trees shaped like `tree`, summed over at most `clients`.
+
+        Args:
+            tree: shapes of a message.
+            max_norm: see `MessageCodec`.
+            bits: of an integer.
+            clients: most summands.
+            noise: see `MessageCodec`.
+            counts: see `MessageCodec`.
+            reach: largest absolute value of a number that is sent, larger ones are cut; `max_norm`,
+                which none exceeds, if None.
+            stochastic: see `MessageCodec`.
+            strict: see `MessageCodec`.
+        """
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)
         flat, unravel = ravel_pytree(zeros)
-        fixed_point = FixedPoint(bits=bits, bound=max_norm, summands=clients)
-        return cls(flat.size, max_norm, fixed_point, unravel, noise, counts)
+        if stochastic:
+            check_bits(bits)
+        bound = max_norm if reach is None else reach
+        fixed_point = FixedPoint(bits=bits, bound=bound, summands=clients)
+        codec = cls(flat.size, max_norm, fixed_point, unravel, noise, counts, stochastic, strict)
+        # Refuses here, and not when the first round is compiled, what rounding leaves no room for.
+        _ = codec.room
+        return codec
 
     @property
     def length(self) -> tuple[int, int]:
@@ -110,18 +143,57 @@ class MessageCodec:
         own = self.fixed_point.max_int + (self.noise.bound if self.noise else 0)
         return self.size + self.counts, own
 
-    def encode(self, tree: PyTree) -> EncodedMessage:
-        """Returns the message of a tree; pure, may be vmapped over clients."""
+    @property
+    def step(self) -> float:
+        """What one integer stands for."""
+        if self.stochastic:
+            return step_for(self.fixed_point.bound, self.fixed_point.bits)
+        return self.fixed_point.step
+
+    @property
+    def room(self) -> float:
+        """The l2 norm to which messages are shortened before they are rounded."""
+        if not self.stochastic:
+            return self.fixed_point.clip_norm_before_rounding(self.max_norm, self.size)
+        if not self.strict:
+            return self.max_norm
+        return norm_before_rounding(self.max_norm, self.size, self.step, _TOO_LONG)
+
+    def encode(self, tree: PyTree, key: jax.Array | None = None) -> EncodedMessage:
+        """Returns the message of a tree; pure, may be vmapped over clients.
+
+        Args:
+            tree: float32.
+            key: of stochastic rounding, this client's own.
+        """
         flat_P = ravel_pytree(tree)[0]
         norm = jnp.sqrt(jnp.sum(jnp.square(flat_P)))
-        room = self.fixed_point.clip_norm_before_rounding(self.max_norm, self.size)
         sound_P = jnp.where(jnp.isfinite(norm), flat_P, jnp.float32(0))
-        clipped_P, _ = clip(sound_P, room)
-        ints_P = self.fixed_point.encode(clipped_P)
+        clipped_P, _ = clip(sound_P, self.room)
+        bound = jnp.float32(self.fixed_point.bound)
+        cut_P = (
+            clipped_P
+            if self.fixed_point.bound >= self.max_norm
+            else jnp.clip(clipped_P, -bound, bound)
+        )
+        if not self.stochastic:
+            ints_P = self.fixed_point.encode(cut_P)
+        elif self.strict:
+            assert key is not None
+            max_int = self.fixed_point.max_int
+            ints_P = quantise_within(key, cut_P, self.step, max_int, self.max_norm)
+        else:
+            assert key is not None
+            ints_P = quantise(key, cut_P, self.step, self.fixed_point.max_int)
         if self.counts:
             within = jnp.rint(2 * indicator(norm, self.max_norm)).astype(jnp.int32)
             ints_P = jnp.concatenate([ints_P, within[None]])
         return EncodedMessage(ints_P, norm)
+
+    def sent(self, message: EncodedMessage) -> PyTree:
+        """What a message says without its noise, in the length it had before it was shortened."""
+        longer = jnp.maximum(jnp.float32(1), message.norm * jnp.float32(1 / self.room))
+        return self.unravel(self.decode(message.ints_P) * longer)
 
     def share(self, key: jax.Array) -> jax.Array:
         """A client's share of the noise, int32 [P]; for simulation, see `integer_noise.draw`."""
@@ -130,7 +202,7 @@ class MessageCodec:
 
     def decode(self, total_P: jax.Array) -> jax.Array:
         """Returns the integer sum in float32 units of the parameters."""
-        return total_P[..., : self.size].astype(jnp.float32) * jnp.float32(self.fixed_point.step)
+        return total_P[..., : self.size].astype(jnp.float32) * jnp.float32(self.step)
 
     def count(self, total_P: jax.Array) -> jax.Array:
         """The sum of the indicators, float32; in the unit of `AdaptiveClip.update`."""

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from fedjax_llm.federation.cohort import Client, ClientInputs, Local, Shared
+from fedjax_llm.federation.cohort import Client, ClientInputs, ClientState, Local, Shared
 from fedjax_llm.federation.keys import Purpose, key_for
 from fedjax_llm.federation.message import EncodedMessage, MessageCodec, WeightCodec
 from fedjax_llm.federation.recipe import Applied, Global, Recipe, Sums
@@ -48,6 +48,8 @@ class RoundPrograms:
             recipe.normalised,
             recipe.reads_messages,
             recipe.ranks_differ,
+            recipe.replicas,
+            recipe.compressor,
         )
         self.train = jax.jit(self._train)
         self.train_and_send = jax.jit(self._train_and_send)
@@ -58,6 +60,9 @@ class RoundPrograms:
         self.inverse_weight = jax.jit(_inverse_weight)
         self.apply = jax.jit(self._apply)
         self.round = jax.jit(self._round)
+        self.kept = jax.jit(_kept)
+        self.landed = jax.jit(_landed)
+        self.total = jax.jit(self._server.total)
 
     @property
     def stages(self) -> int:
@@ -79,7 +84,7 @@ class RoundPrograms:
             base = add_dense(base, residual)
         # Messages are written without the base, and without what is as large.
         server = state.server._replace(residual={})
-        return Shared(base, server, number, control, seed, state.clip)
+        return Shared(base, server, number, control, seed, state.clip, state.compression)
 
     def _train(
         self,
@@ -90,7 +95,9 @@ class RoundPrograms:
         number: jax.Array,
     ) -> Local:
         shared = self._shared(base, state, number, seed)
-        return self._recipe.layout.map_clients(self._client.train)(shared, clients)
+        one = self._client
+        idle = one.idle if one.may_idle else None
+        return self._recipe.layout.map_clients(one.train, idle)(shared, clients)
 
     def _train_and_send(
         self,
@@ -113,7 +120,13 @@ class RoundPrograms:
                 local = local._replace(after={}, control=())
             return local, message
 
-        return self._recipe.layout.map_clients(one)(shared, clients)
+        def idle(client: ClientInputs, shapes: PyTree) -> tuple[jax.Array, PyTree]:
+            nothing, local = self._client.idle(client, shapes[0])
+            message = jax.tree.map(_zeros, shapes[1])
+            return nothing, (local, message._replace(memory=client.state.memory))
+
+        may_idle = self._client.may_idle
+        return self._recipe.layout.map_clients(one, idle if may_idle else None)(shared, clients)
 
     def _weigh(
         self,
@@ -170,15 +183,14 @@ class RoundPrograms:
         )
 
         def encoded(
-            where: tuple[jax.Array, jax.Array], inputs: tuple[jax.Array, PyTree, ClientInputs]
+            shared: Shared, inputs: tuple[jax.Array, PyTree, ClientInputs]
         ) -> EncodedMessage:
-            seed, number = where
             message_P, control, one = inputs
             whole_P = jnp.concatenate([message_P, ravel_pytree(control)[0]])
             tree = self.codecs[stage].unravel(whole_P)
-            return client.encoded(stage, seed, number, one, tree)
+            return client.encoded(stage, shared, one, tree, ())
 
-        return layout.map_clients(encoded)((seed, number), (messages_KxP, control_K, clients))
+        return layout.map_clients(encoded)(shared, (messages_KxP, control_K, clients))
 
     # What the server does with it.
 
@@ -248,8 +260,34 @@ class RoundPrograms:
         total = barrier(self._server.total(sent.ints_P))
         applied = self._apply(total, inverse, state, clients, local, sums, seed, number)
         # The individual messages and results stay inside the program.
-        first = first._replace(ints_P=jnp.zeros((0,), jnp.int32))
-        return applied, local._replace(after={}, control=()), first, limbs_Kx4
+        first = first._replace(ints_P=jnp.zeros((0,), jnp.int32), memory=())
+        local = local._replace(after={}, control=(), state=remembered(local.state, sent))
+        return applied, local, first, limbs_Kx4
+
+
+def remembered(clients: ClientState, message: EncodedMessage) -> ClientState:
+    """What clients carry on after their last message of a round."""
+    return clients._replace(memory=message.memory)
+
+
+def _kept(
+    pending_SxKxP: jax.Array, ints_KxP: jax.Array, slot_K: jax.Array, sends_K: jax.Array
+) -> jax.Array:
+    """The messages that have not landed, with those of a wave among them."""
+    clients = jnp.arange(slot_K.shape[0])
+    own_KxP = pending_SxKxP[slot_K, clients]
+    new_KxP = jnp.where(sends_K[:, None], ints_KxP[: slot_K.shape[0]], own_KxP)
+    return pending_SxKxP.at[slot_K, clients].set(new_KxP)
+
+
+def _landed(pending_SxKxP: jax.Array, slot_K: jax.Array, lands_K: jax.Array) -> jax.Array:
+    """The messages that land, int32 [K, P]; zeros of the others."""
+    own_KxP = pending_SxKxP[slot_K, jnp.arange(slot_K.shape[0])]
+    return jnp.where(lands_K[:, None], own_KxP, 0)
+
+
+def _zeros(shape: jax.ShapeDtypeStruct) -> jax.Array:
+    return jnp.zeros(shape.shape, shape.dtype)
 
 
 def _inverse_weight(total_4: jax.Array) -> jax.Array:

@@ -12,7 +12,9 @@ from fedjax_llm.aggregation import AggregationRule, LossWeights, NormalisedMean,
 from fedjax_llm.aggregation.attacks import Attack
 from fedjax_llm.aggregation.robust import Combine, GroupRobust
 from fedjax_llm.federation.cohort import RowLossOfBase
+from fedjax_llm.federation.compressor import Compressor
 from fedjax_llm.federation.layout import CohortLayout
+from fedjax_llm.federation.replicas import Replicas
 from fedjax_llm.privacy import AdaptiveClip, Correlation
 from fedjax_llm.training import LocalTraining
 
@@ -28,6 +30,7 @@ class Global(NamedTuple):
         combine: memory of a robust combination; () for most.
         noise: what correlated noise keeps; () without.
         clip: the adaptive clip norm of messages; () without.
+        compression: the codec's public state; () without.
     """
 
     server: ServerState
@@ -35,6 +38,7 @@ class Global(NamedTuple):
     combine: PyTree
     noise: PyTree = ()
     clip: PyTree = ()
+    compression: PyTree = ()
 
 
 class Applied(NamedTuple):
@@ -103,6 +107,9 @@ class Recipe:
         sums_weights: whether weights are summed before messages are sent.
         ranks_differ: whether some clients train fewer ranks than the adapter has.
         measures_error: whether the aggregation error is measured.
+        replicas: how clients go on from their own copy; None where each cycle begins with the
+            global model.
+        compressor: how messages are shortened; None where they are sent whole.
     """
 
     layout: CohortLayout
@@ -122,6 +129,8 @@ class Recipe:
     sums_weights: bool
     measures_error: bool
     ranks_differ: bool
+    replicas: Replicas | None = None
+    compressor: Compressor | None = None
 
     @property
     def reads_messages(self) -> bool:

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedjax_llm.clouds import Cloud, round_seconds
+from fedjax_llm.clouds.cloud import Cloud
+from fedjax_llm.federation.calendar import Calendar
 from fedjax_llm.federation.exchange import Ledger
 from fedjax_llm.federation.tables import Participant
+from fedjax_llm.federation.virtual import spent_in
 from fedjax_llm.training import ClientMetrics
 
 
@@ -18,20 +20,26 @@ class CloudReport:
 
     Attributes:
         online: whether it could be reached in this round.
+        lands: whether a message of it entered the sum.
         loss_train_nats: mean loss of the rows it trained on, None if it trained on none. Measured
             by the simulator; no privacy guarantee covers it.
         rows: rows that its clients trained on over all local steps.
         uplink_bytes: what it sent: its message and its part in the decryption.
         downlink_bytes: what it received: the adapter and its part in the decryption.
-        seconds_link: simulated seconds of its link for these bytes.
+        seconds_link: virtual seconds of its link for the message that landed.
+        seconds_train: virtual seconds of the training behind it.
+        dollars: rent since the step before, waiting included, and egress; see `clouds.money`.
     """
 
     online: bool
+    lands: bool
     loss_train_nats: float | None
     rows: int
     uplink_bytes: int
     downlink_bytes: int
     seconds_link: float
+    seconds_train: float
+    dollars: float
 
 
 @dataclass(frozen=True)
@@ -52,8 +60,8 @@ class RoundReport:
         clouds_diverged: clouds whose update was not finite and entered the sum as zeros; above 0
             with privacy unit `client` alone, whose guarantee does not cover this number.
         seconds: measured wall-clock seconds by stage: train, encrypt, add, decrypt, apply.
-        seconds_virtual: simulated seconds until the slowest cloud's message is there: its links
-            and its share of the measured training time.
+        seconds_virtual: simulated seconds from the version before to this one.
+        dollars_server: what the server pays in them.
     """
 
     round: int
@@ -65,6 +73,7 @@ class RoundReport:
     clouds_diverged: int
     seconds: Mapping[str, float]
     seconds_virtual: float
+    dollars_server: float
 
     @property
     def uplink_bytes(self) -> int:
@@ -75,6 +84,11 @@ class RoundReport:
     def downlink_bytes(self) -> int:
         """Bytes of the server towards all clouds."""
         return sum(cloud.downlink_bytes for cloud in self.clouds.values())
+
+    @property
+    def dollars(self) -> float:
+        """Of all clouds and the server."""
+        return self.dollars_server + sum(cloud.dollars for cloud in self.clouds.values())
 
     @property
     def loss_train_nats(self) -> float | None:
@@ -100,6 +114,7 @@ def report(
     update_norm: float,
     error: float,
     ledger: Ledger,
+    calendar: Calendar,
 ) -> RoundReport:
     """Puts a round's measurements together, the clients of a cloud as one.
 
@@ -116,29 +131,29 @@ def report(
         update_norm: see `RoundReport`.
         error: see `RoundReport.aggregation_error`.
         ledger: bytes and seconds.
+        calendar: virtual time and money.
     """
     count = len(participants)
     rows_K, losses_K = (np.asarray(x, np.float64)[:count] for x in (metrics.rows, metrics.loss_sum))
     places = np.asarray(cloud_K)
     all_rows = max(float(rows_K.sum()), 1.0)
     rows = {cloud.name: float(rows_K[places == c].sum()) for c, cloud in enumerate(clouds)}
-    times = round_seconds(
-        {cloud.name: cloud.link for cloud in clouds if cloud.name in online},
-        {name: ledger.received[name] for name in online},
-        {name: ledger.seconds["train"] * rows[name] / all_rows for name in online},
-        {name: ledger.sent[name] for name in online},
-    )
+    spent = spent_in(calendar, number)
+    landed = calendar.timeline.landing(number)
     found = {}
     for c, cloud in enumerate(clouds):
         name = cloud.name
         loss = float(losses_K[places == c].sum())
         found[name] = CloudReport(
             name in online,
+            c in landed,
             loss / rows[name] if rows[name] else None,
             int(rows[name]),
             ledger.sent[name],
             ledger.received[name],
-            times.down[name] + times.up[name] if name in times.down else 0.0,
+            spent[c].link,
+            spent[c].train,
+            spent[c].dollars,
         )
     if private:
         clipped = float(np.asarray(metrics.clipped)[:count].sum()) / all_rows
@@ -155,5 +170,6 @@ def report(
         clipped_fraction=clipped,
         clouds_diverged=int(np.sum(~np.isfinite(norms_K))),
         seconds=ledger.seconds,
-        seconds_virtual=times.seconds,
+        seconds_virtual=calendar.timeline.between(number),
+        dollars_server=float(calendar.bill.server_N[number - 1]),
     )

@@ -1,4 +1,4 @@
-"""The two roads that a round can take: one program, or sums between the clouds."""
+"""The two roads of a round in which all wait: one program, or sums between the clouds."""
 
 import math
 import time
@@ -9,16 +9,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import NDArray
 
 from fedjax_llm.errors import UserError
-from fedjax_llm.federation.cohort import ClientInputs, Local
+from fedjax_llm.federation.cohort import ClientInputs, ClientState
 from fedjax_llm.federation.exchange import Codec, HiddenSums, Ledger, OnStage
 from fedjax_llm.federation.keys import Seeds
 from fedjax_llm.federation.layout import CohortLayout
 from fedjax_llm.federation.message import EncodedMessage, WeightCodec
-from fedjax_llm.federation.programs import RoundPrograms
+from fedjax_llm.federation.programs import RoundPrograms, remembered
 from fedjax_llm.federation.recipe import Applied, Global, Sums
 from fedjax_llm.federation.tables import Participant
+from fedjax_llm.training import ClientMetrics
 
 PyTree = Any
 
@@ -31,13 +33,17 @@ class Outcome(NamedTuple):
 
     Attributes:
         applied: the server after it.
-        local: what the clients carry on, and their measurements.
-        message: of the first stage; its norms.
+        clients: what the clients carry on.
+        metrics: their measurements.
+        norm_K: l2 norms of the messages of the first stage, before they are shortened.
+        pending: messages that have not landed; () where all wait for each other.
     """
 
     applied: Applied
-    local: Local
-    message: EncodedMessage
+    clients: ClientState
+    metrics: ClientMetrics
+    norm_K: jax.Array | NDArray[np.float32]
+    pending: PyTree = ()
 
 
 @dataclass(frozen=True)
@@ -77,9 +83,9 @@ class Road:
         )
         if self.sums_weights:
             self._check_weights(limbs_Kx4, number)
-        self._check(message, number)
+        self.check(message, number)
         ledger.seconds["train"] = time.perf_counter() - started
-        return Outcome(applied, local, message)
+        return Outcome(applied, local.state, local.metrics, message.norm)
 
     def hidden(
         self,
@@ -90,6 +96,7 @@ class Road:
         number: int,
         ledger: Ledger,
         sums: HiddenSums,
+        senders: Sequence[str],
         online: Sequence[str],
         on_stage: OnStage,
         before_opening: BeforeOpening,
@@ -102,7 +109,7 @@ class Road:
 
         def total(ints_KxP: jax.Array, codec: Codec) -> jax.Array:
             ints_CxP = programs.by_cloud(ints_KxP)
-            found = sums.total(codec, ints_CxP, online, next(numbers), ledger, on_stage)
+            found = sums.total(codec, ints_CxP, senders, online, next(numbers), ledger, on_stage)
             return jnp.asarray(found, jnp.int32)
 
         started = time.perf_counter()
@@ -112,17 +119,17 @@ class Road:
             limbs_Kx4 = programs.weigh(shared, clients, local, *where)
             self._check_weights(limbs_Kx4, number)
             ledger.seconds["train"] = time.perf_counter() - started
-            before_opening(number, online)
+            before_opening(number, senders)
             known = Sums(programs.inverse_weight(total(limbs_Kx4, WeightCodec)))
             message = programs.send(0, shared, clients, local, known, *where)
-            self._check(message, number)
+            self.check(message, number)
         else:
             local, message = jax.block_until_ready(
                 programs.train_and_send(self.base, shared, clients, *where)
             )
             ledger.seconds["train"] = time.perf_counter() - started
-            self._check(message, number)
-            before_opening(number, online)
+            self.check(message, number)
+            before_opening(number, senders)
         first = message
         for stage, codec in enumerate(programs.codecs[:-1]):
             summed = total(message.ints_P, codec)
@@ -135,9 +142,9 @@ class Road:
             programs.apply(summed, inverse, shared, clients, local, known, *where)
         )
         ledger.seconds["apply"] = time.perf_counter() - started
-        return Outcome(applied, local, first)
+        return Outcome(applied, remembered(local.state, message), local.metrics, first.norm)
 
-    def _check(self, message: EncodedMessage, number: int) -> None:
+    def check(self, message: EncodedMessage, number: int) -> None:
         """Stops a round that diverged, where that follows from noised sums or is not private."""
         if not self.stops:
             return

@@ -1,6 +1,7 @@
 """The clients of a federation: where each is, what it counts, and who takes part in a round."""
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import jax
 import numpy as np
@@ -8,13 +9,14 @@ from numpy.typing import NDArray
 
 from fedjax_llm.aggregation import LossWeights, Weights
 from fedjax_llm.errors import UserError
+from fedjax_llm.federation.calendar import Landing, Wave
 from fedjax_llm.federation.cohort import ClientInputs, ClientState
 from fedjax_llm.federation.keys import Purpose, Seeds, key_for
 from fedjax_llm.federation.layout import CohortLayout
 from fedjax_llm.federation.tables import Participant, client_tables, clouds_of
 from fedjax_llm.privacy import PrivacyPlan, poisson_sample
 from fedjax_llm.privacy.weights import Weights as WeightKind
-from fedjax_llm.training import LocalTraining
+from fedjax_llm.training import ClientTable, LocalTraining
 
 
 class Roster:
@@ -55,13 +57,19 @@ class Roster:
         )
         self.ranks = tuple(rank if p.rank is None else p.rank for p in participants)
         steps = [training.steps if p.local_steps is None else p.local_steps for p in participants]
-        self._steps_K = np.array(steps, np.int32)
+        self.steps_K = np.array(steps, np.int32)
         self._beforehand_K = self.weights.contributions_K
         if self.by_loss is not None:
             self._beforehand_K = self.by_loss.beforehand(
                 [p.rows for p in participants], [p.cloud.link.up_mbps for p in participants]
             )
-        self._tables = layout.shard(client_tables(self.participants, training))
+        self._training = training
+
+    @cached_property
+    def _tables(self) -> ClientTable:
+        """The rows on the devices; who only asks who takes part when never makes them."""
+        found: ClientTable = self._layout.shard(client_tables(self.participants, self._training))
+        return found
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -100,10 +108,14 @@ class Roster:
         Raises:
             UserError: none.
         """
-        online_K = np.array([number not in p.offline_rounds for p in self.participants], bool)
+        online_K = self.reachable(number)
         if not online_K.any():
             raise UserError(f"round {number}: no cloud is online; resume when one is")
         return online_K
+
+    def reachable(self, number: int) -> NDArray[np.bool_]:
+        """As `online`, also where that is nobody."""
+        return np.array([number not in p.offline_rounds for p in self.participants], bool)
 
     def clouds_online(self, online_K: NDArray[np.bool_]) -> list[str]:
         """The clouds with a client that can be reached, in order."""
@@ -141,27 +153,60 @@ class Roster:
             divisor *= self._plan.sampler.rates[0] / self._plan.sampler.period
         return divisor
 
+    def landing_divisor(self, landing: Landing) -> float:
+        """The public number that turns the sum of what lands into a mean; age counts only above."""
+        return float((self._beforehand_K * landing.factor_K)[landing.lands_K].sum())
+
     def inputs(
         self,
         own: ClientState,
+        number: int,
         participates_K: NDArray[np.bool_],
         online_K: NDArray[np.bool_] | None = None,
     ) -> ClientInputs:
-        """What the programs need of each client in a round.
+        """What the programs need of each client in a round in which all start together.
 
         Args:
             own: what the clients carry, leaves [K, ...].
+            number: of the round.
             participates_K: whose messages enter the sum.
             online_K: who can be reached; those who take part if None.
         """
-        arrays = (
-            np.arange(len(self.participants), dtype=np.int32),
-            self._beforehand_K,
-            participates_K,
-            participates_K if online_K is None else online_K,
-            np.array(self.ranks, np.int32),
-            self._steps_K,
+        count = len(self.participants)
+        wave = Wave(
+            trains_K=participates_K,
+            sends_K=participates_K,
+            fresh_K=np.zeros(count, bool),
+            merged_KxP=np.zeros((count, 1), bool),
+            turn_K=np.full(count, number, np.int32),
+            lands_K=np.full(count, number, np.int32),
+            slot_K=np.zeros(count, np.int32),
+            factor_K=np.ones(count, np.float32),
         )
-        place, weight, participates, online, rank, steps = self._layout.shard(arrays)
+        return self.wave_inputs(own, wave, participates_K if online_K is None else online_K)
+
+    def wave_inputs(
+        self, own: ClientState, wave: Wave, online_K: NDArray[np.bool_] | None = None
+    ) -> ClientInputs:
+        """What the programs need of each client in a wave of the calendar.
+
+        Args:
+            own: what the clients carry, leaves [K, ...].
+            wave: who does what.
+            online_K: who adds a share of noise; those who send if None.
+        """
+        known = {
+            "place": np.arange(len(self.participants), dtype=np.int32),
+            "weight": self._beforehand_K * wave.factor_K,
+            "trains": wave.trains_K,
+            "participates": wave.sends_K,
+            "online": wave.sends_K if online_K is None else online_K,
+            "rank": np.array(self.ranks, np.int32),
+            "steps": self.steps_K,
+            "turn": wave.turn_K,
+            "lands": wave.lands_K,
+            "fresh": wave.fresh_K,
+            "merged": wave.merged_KxP,
+        }
         state = self._layout.shard(jax.device_get(own))
-        return ClientInputs(place, self._tables, state, weight, participates, online, rank, steps)
+        return ClientInputs(table=self._tables, state=state, **self._layout.shard(known))

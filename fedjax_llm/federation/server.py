@@ -16,6 +16,7 @@ from fedjax_llm.aggregation import (
     mean_product,
     with_plain_step,
 )
+from fedjax_llm.aggregation.part import subset
 from fedjax_llm.aggregation.robust import GroupRobust
 from fedjax_llm.federation.cohort import ClientInputs, Local
 from fedjax_llm.federation.keys import Purpose, key_for
@@ -53,9 +54,11 @@ class Server:
         number: jax.Array,
     ) -> PyTree:
         """What the sum of a stage tells all clients; arguments as those of `apply`."""
-        codec = self._codecs[stage]
-        mean = jax.lax.optimization_barrier(codec.unravel(codec.decode(total_P) * inverse).message)
-        return self._recipe.rule.between(self.round_of(state, seed, number), stage, mean)
+        codec, compressor = self._codecs[stage], self._recipe.compressor
+        mean = jax.lax.optimization_barrier(codec.unravel(codec.decode(total_P) * inverse))
+        if compressor is not None:
+            return compressor.between(state.compression, seed, number, mean)
+        return self._recipe.rule.between(self.round_of(state, seed, number), stage, mean.message)
 
     def apply(
         self,
@@ -84,6 +87,7 @@ class Server:
             number: the round.
         """
         recipe, codec = self._recipe, self._codecs[-1]
+        compressor = recipe.compressor
         barrier = jax.lax.optimization_barrier
         round_ = self.round_of(state, seed, number)
         present_K, ranks_K = recipe.layout.gathered((clients.participates, clients.rank))
@@ -92,7 +96,10 @@ class Server:
         if recipe.server_noise_stddev > 0:
             noise_P, noise = barrier(self._noise(state.noise, codec.size, seed, number))
 
-        def applied_by(rule: AggregationRule, round_: Round) -> tuple[ServerState, PyTree, PyTree]:
+        def applied_by(
+            rule: AggregationRule, round_: Round
+        ) -> tuple[ServerState, PyTree, PyTree, PyTree]:
+            """The server, memory of a combination, the mean, the codec's state; after the step."""
             memory = state.combine
             if recipe.combine is not None:
                 if isinstance(recipe.combine, GroupRobust):
@@ -105,12 +112,12 @@ class Server:
                         codec.decode(total), present_K, memory
                     )
                 mean = codec.unravel(combined_P)
-                return rule.apply(round_, mean.message, public), memory, mean
+                return rule.apply(round_, mean.message, public), memory, mean, state.compression
             if rule.needs_individual_messages:
                 uploads_K = jax.vmap(lambda ints: codec.unravel(codec.decode(ints)))(total)
                 after = rule.apply_each(round_, uploads_K.message, shares_K, ranks_K)
                 mean = jax.tree.map(lambda leaf_K: jnp.tensordot(shares_K, leaf_K, 1), uploads_K)
-                return after, memory, mean
+                return after, memory, mean, state.compression
             sum_P = codec.decode(total)
             # Noise has the unit of the sum: of one message's largest norm.
             if recipe.server_noise_stddev > 0:
@@ -118,9 +125,17 @@ class Server:
             if state.clip:
                 sum_P = sum_P * state.clip.clip_norm
             mean = barrier(codec.unravel(sum_P * inverse))
-            return rule.apply(round_, mean.message, public), memory, mean
+            if compressor is None:
+                return rule.apply(round_, mean.message, public), memory, mean, state.compression
+            mean, codec_state = barrier(
+                compressor.decode(state.compression, seed, number, mean, public)
+            )
+            after = rule.apply(round_, mean.message)
+            sent = subset(rule.trainable(round_.server, self._phase), rule.sent(self._phase))
+            after = compressor.only_its_turn(round_.server, after, sent, number)
+            return after, memory, mean, codec_state
 
-        server, memory, mean = barrier(applied_by(recipe.rule, round_))
+        server, memory, mean, codec_state = barrier(applied_by(recipe.rule, round_))
         control = state.control
         if control:
             # The server's variate is the mean over all clients, who took part or not
@@ -133,12 +148,19 @@ class Server:
         if recipe.measures_error:
             plain = with_plain_step(recipe.rule)
             started = plain.restarted(state.server)
-            aggregated, _, _ = applied_by(plain, round_._replace(server=started))
+            aggregated, _, _, _ = applied_by(plain, round_._replace(server=started))
             after_K = recipe.layout.gathered(local.after)
             truth = mean_product(recipe.rule, state.server, after_K, shares_K)
             error = aggregation_error(truth, state.server, aggregated)
         return Applied(
-            Global(server, control, memory, noise, self._next_clip(total, state, seed, number)),
+            Global(
+                server,
+                control,
+                memory,
+                noise,
+                self._next_clip(total, state, seed, number),
+                codec_state,
+            ),
             jnp.sqrt(jnp.sum(jnp.stack(squares))),
             error,
         )

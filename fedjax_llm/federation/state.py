@@ -9,6 +9,7 @@ from fedjax_llm.aggregation import AggregationRule, ServerState
 from fedjax_llm.aggregation.part import subset
 from fedjax_llm.aggregation.robust import Combine, GroupRobust
 from fedjax_llm.federation.cohort import ClientState
+from fedjax_llm.federation.compressor import Compressor
 from fedjax_llm.federation.keys import Purpose, Seeds, key_for
 from fedjax_llm.federation.recipe import Global
 from fedjax_llm.lora import Adapter, LoraConfig, init_adapter
@@ -30,6 +31,8 @@ class FederationState(NamedTuple):
         combine: memory of a robust combination; () for most.
         noise: what the server's correlated noise keeps; () without.
         clip: the adaptive clip norm of messages; () without.
+        compression: the codec's public state; () without.
+        pending: int32 [slots, K, P], messages that have not landed yet; () where all wait.
     """
 
     round: jax.Array
@@ -39,11 +42,15 @@ class FederationState(NamedTuple):
     combine: PyTree = ()
     noise: PyTree = ()
     clip: PyTree = ()
+    compression: PyTree = ()
+    pending: PyTree = ()
 
     @property
     def globals(self) -> Global:
         """What the server holds."""
-        return Global(self.server, self.control, self.combine, self.noise, self.clip)
+        return Global(
+            self.server, self.control, self.combine, self.noise, self.clip, self.compression
+        )
 
 
 def init_state(
@@ -56,8 +63,26 @@ def init_state(
     combine: Combine | GroupRobust | None = None,
     server_noise: Correlation | None = None,
     adaptive: AdaptiveClip | None = None,
+    replicas: bool = False,
+    compressor: Compressor | None = None,
+    pending: tuple[int, int] | None = None,
 ) -> FederationState:
-    """Returns the state before the first round, a function of its arguments alone."""
+    """Returns the state before the first round, a function of its arguments alone.
+
+    Args:
+        config: of the model.
+        lora: of the adapter.
+        rule: of aggregation.
+        training: of the clients.
+        seed: the run's key.
+        clients: K.
+        combine: a robust combination, which may keep something.
+        server_noise: which may keep something.
+        adaptive: the clip norm of messages that moves.
+        replicas: whether clients train on from their own copy.
+        compressor: how messages are shortened.
+        pending: slots and integers of a message, where messages wait for their step.
+    """
     server = rule.init(init_adapter(config, lora, key_for(seed, Purpose.ADAPTER_INIT)))
     phases = [rule.trainable(server, phase) for phase in range(len(rule.phases))]
     kept = subset(phases[0], rule.kept) if rule.kept else {}
@@ -73,6 +98,8 @@ def init_state(
         control,
         _noise_of(training, phases[0]),
         () if training.privacy is None else training.privacy.clip_state(),
+        phases[0] if replicas else (),
+        () if compressor is None else compressor.memory(),
     )
     message = rule.messages(server, 0)[0][0]
     size = sum(leaf.size for leaf in jax.tree.leaves(message))
@@ -90,6 +117,8 @@ def init_state(
         memory,
         noise,
         () if adaptive is None else adaptive.init(),
+        () if compressor is None else compressor.init(),
+        () if pending is None else jnp.zeros((pending[0], clients, pending[1]), jnp.int32),
     )
 
 

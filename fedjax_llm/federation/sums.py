@@ -127,6 +127,13 @@ HiddenMode = Masked | Threshold | Bfv | Ckks | Selective
 SumMode = Plain | HiddenMode
 
 
+def opens(mode: SumMode) -> int:
+    """The fewest messages whose sum is opened between the clouds; 0 on the devices."""
+    if isinstance(mode, Plain):
+        return 0
+    return (mode.hidden if isinstance(mode, Selective) else mode).minimum_clients
+
+
 def majority(parties: int) -> int:
     """More than half: two groups of so many share a party, which answers for one sum only.
 

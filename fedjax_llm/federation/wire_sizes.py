@@ -7,15 +7,43 @@ nothing is sent, and of a broadcast nothing but shapes is known: a number counts
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from fedjax_llm.aggregation import AggregationRule, ServerState
-from fedjax_llm.federation.message import WeightCodec
+from fedjax_llm.federation.compressor import Compressor
+from fedjax_llm.federation.message import MessageCodec, WeightCodec
 
 PyTree = Any
 _BYTES = 4
+
+
+class Packed(NamedTuple):
+    """Bytes of compressed messages.
+
+    Attributes:
+        up: of one message, all stages, each number in its own bits.
+        down: of the opened sum in its bits; None where the adapter is sent back.
+    """
+
+    up: int
+    down: int | None
+
+
+def packed_sizes(compressor: Compressor, codecs: Sequence[MessageCodec], clients: int) -> Packed:
+    """Bytes of the messages of a compressor.
+
+    Args:
+        compressor: of the federation.
+        codecs: fixed point of each stage.
+        clients: most that add up in a sum.
+    """
+    up = sum(-(-codec.size * codec.fixed_point.bits // 8) for codec in codecs)
+    # From -n m to n m.
+    widths = [(2 * clients * codec.fixed_point.max_int).bit_length() for codec in codecs]
+    down = sum(-(-codec.size * bits // 8) for codec, bits in zip(codecs, widths, strict=True))
+    return Packed(up, down if compressor.compression.broadcast == "sum" else None)
 
 
 @dataclass(frozen=True)
@@ -31,6 +59,7 @@ class WireSizes:
         weighs: whether weights are summed first.
         apart: whether each client's message leaves its cloud by itself.
         counts: whether a count of messages within the clip norm travels too, and the norm back.
+        packed: bytes of compressed messages up and down, in place of those of whole ones.
     """
 
     rule: AggregationRule
@@ -41,10 +70,13 @@ class WireSizes:
     weighs: bool
     apart: bool
     counts: bool = False
+    packed: Packed | None = None
 
     def up(self, phase: int, cloud: int, online: Sequence[bool]) -> int:
         """What a cloud sends under a plain sum."""
         members = self._members(cloud, online)
+        if self.packed is not None:
+            return self.packed.up if members else 0
         sizes = [self.rule.uplink(self.server, phase, self.ranks[k]) for k in members]
         numbers = sum(sizes) if self.apart else max(sizes, default=0)
         if self.control and members:
@@ -60,6 +92,8 @@ class WireSizes:
         members = self._members(cloud, online)
         if not members:
             return 0
+        if self.packed is not None and self.packed.down is not None:
+            return self.packed.down
         ranks = tuple(rank for rank, here in zip(self.ranks, online, strict=True) if here)
         # One download serves all clients of a cloud: the largest holds the others.
         numbers = max(self.rule.downlink(self.server, phase, ranks, self.ranks[k]) for k in members)

@@ -270,7 +270,9 @@ def audit_folder(path: Path, asked: AuditSection, *, on_event: OnEvent = ignore)
         base = build.model(run_file, on_event)
         corpora = build.corpora(run_file, base, on_event)
         found = Checkpoints(folder.checkpoints, run_file.checkpoint.keep).latest(
-            like=build.state(run_file, base), notify=lambda text: on_event(Note(text))
+            like=build.state(run_file, base),
+            notify=lambda text: on_event(Note(text)),
+            part=True,
         )
         if found is None or found.round == 0:
             raise UserError(f"{path} has no round to audit yet; `fedjax-llm resume` it first")

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +18,22 @@ from fedjax_llm.aggregation import (
 )
 from fedjax_llm.aggregation.attacks import ATTACKS
 from fedjax_llm.aggregation.robust import COMBINES, Combine, GroupRobust
-from fedjax_llm.clouds import Cloud, Link
-from fedjax_llm.data import Corpus, CorpusSpec, Mapping, load_corpus
+from fedjax_llm.clouds.schedules import SCHEDULES, Schedule
+from fedjax_llm.compression import CODECS, Chain, Rotated
+from fedjax_llm.data import (
+    Corpus,
+    CorpusSpec,
+    Mapping,
+    load_corpus,
+    read_cloud,
+)
 from fedjax_llm.errors import UserError
 from fedjax_llm.federation import (
     Attackers,
     Bfv,
     Ckks,
     Combination,
+    Compression,
     Federation,
     FederationState,
     Masked,
@@ -34,17 +43,25 @@ from fedjax_llm.federation import (
     SumMode,
     Threshold,
 )
+from fedjax_llm.federation.link_promises import (
+    MoreCycles,
+    Promise,
+    check_compression,
+    check_schedule,
+)
 from fedjax_llm.federation.promises import check_combination, fewest_clouds, weight_kinds
 from fedjax_llm.federation.shares import mechanism_and_bits
 from fedjax_llm.federation.state import init_state
 from fedjax_llm.lora import LoraConfig
-from fedjax_llm.models import Model, load_model
+from fedjax_llm.models import DecoderConfig, Model, Tokenizer, load_model
 from fedjax_llm.privacy import PrivacyPlan, secret_key
 from fedjax_llm.privacy.weights import Weights as PlanWeights
 from fedjax_llm.privacy.weights import check_weights
-from fedjax_llm.runs import plans
+from fedjax_llm.runs import dividing, harmonising, plans
+from fedjax_llm.runs.cloud_profiles import profiles
 from fedjax_llm.runs.events import Note, OnEvent, Stage
-from fedjax_llm.runs.runfile_privacy import INTEGER
+from fedjax_llm.runs.runfile_privacy import CORRELATED, INTEGER
+from fedjax_llm.runs.runfile_schedule import CODEC_KEYS
 from fedjax_llm.runs.runfile_schema import RunFile
 from fedjax_llm.runs.runfile_types import MappingSection
 from fedjax_llm.runs.selection import selection
@@ -53,30 +70,44 @@ from fedjax_llm.training import MOMENTUM, OPTIMIZERS, Drift, ExamplePrivacy, Loc
 LABEL_FLIP = "label-flip"
 
 
-def model(run_file: RunFile, on_event: OnEvent) -> Model:
-    """Loads the run's base model, fetching it first when it is named and not cached."""
+def model_folder(run_file: RunFile, on_event: OnEvent) -> Path:
+    """The folder of the run's base model, fetched first when it is named and not cached."""
     from fedjax_llm.models import hub
 
     section = run_file.model
     if section.path is not None:
-        folder = Path(section.path)
-    else:
-        assert section.name is not None
-        folder = hub.get(section.name, on_progress=lambda text: on_event(Note(text)))
+        return Path(section.path)
+    assert section.name is not None
+    return hub.get(section.name, on_progress=lambda text: on_event(Note(text)))
+
+
+def model(run_file: RunFile, on_event: OnEvent) -> Model:
+    """Loads the run's base model, fetching it first when it is named and not cached."""
+    section, folder = run_file.model, model_folder(run_file, on_event)
     on_event(Stage("model", section.name or folder.name))
     return load_model(folder, dtype=jnp.dtype(section.dtype))
 
 
-def corpora(run_file: RunFile, base: Model, on_event: OnEvent) -> list[Corpus]:
+class Outline(Protocol):
+    """What the data need of a model; `Model` has it, and weights besides."""
+
+    @property
+    def config(self) -> DecoderConfig: ...
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+
+def corpora(run_file: RunFile, base: Outline, on_event: OnEvent) -> list[Corpus]:
     """Reads every cloud's data and tells what became of its rows."""
     training, attack = run_file.training, run_file.attack
-    found = []
-    for cloud in run_file.clouds:
-        spec = CorpusSpec(
-            sources=cloud.data.sources,
-            mapping=_mapping(cloud.data.mapping),
-            limit=cloud.data.limit,
-            eval_fraction=cloud.data.eval_fraction,
+    harmonising.check_tokenizers(run_file, base.tokenizer)
+    steps = harmonising.settings(run_file)
+    specs = {
+        cloud.name: CorpusSpec(
+            sources=data.sources,
+            mapping=_mapping(data.mapping),
+            limit=data.limit,
+            eval_fraction=data.eval_fraction,
             template=training.template,
             system=training.system_prompt,
             length=training.sequence_length,
@@ -84,17 +115,29 @@ def corpora(run_file: RunFile, base: Model, on_event: OnEvent) -> list[Corpus]:
             by_user=run_file.privacy.unit == "user",
             seed=run_file.seed,
             clients=cloud.clients,
-            partition=cloud.partition,
-            concentration=cloud.concentration,
+            partition=dividing.way(cloud.partition, cloud),
             flipped=attack is not None
             and attack.name == LABEL_FLIP
             and cloud.name in attack.clouds,
+            harmonise=steps[cloud.name],
         )
-        corpus = load_corpus(cloud.name, spec, base.tokenizer, base.tokenizer.pad_id)
+        for cloud in run_file.clouds
+        if (data := cloud.data or run_file.partition) is not None
+    }
+    if run_file.partition is None:
+        rows = {name: read_cloud(name, spec, base.tokenizer) for name, spec in specs.items()}
+    else:
+        # What is read and how it is rendered is the same for all clouds.
+        whole = specs[run_file.clouds[0].name]
+        rows = dividing.divided(run_file, whole, base.tokenizer, base.config, on_event)
+    rows = harmonising.without_common(run_file, rows, on_event)
+    found = []
+    for name, spec in specs.items():
+        corpus = load_corpus(name, spec, base.tokenizer, base.tokenizer.pad_id, read=rows[name])
         lines = corpus.report.lines()
-        on_event(Stage("data", f"{cloud.name}: {lines[0]}"))
+        on_event(Stage("data", f"{name}: {lines[0]}"))
         for line in lines[2:]:
-            on_event(Note(f"{cloud.name}: {line}"))
+            on_event(Note(f"{name}: {line}"))
         found.append(corpus)
     return found
 
@@ -220,6 +263,7 @@ def check_together(run_file: RunFile) -> None:
         by_loss=section.weights.startswith("loss"),
         attack=ATTACKS.get(run_file.attack.name) if run_file.attack else None,
     )
+    _check_links(run_file, made, found)
     plain_change = type(made).message is AggregationRule.message
     if section.exchange == "gradients" and (made.needs_individual_messages or not plain_change):
         raise UserError(
@@ -239,6 +283,40 @@ def check_together(run_file: RunFile) -> None:
         found.check(len(run_file.clouds))
     elif found is not None and not isinstance(found, NormalisedMean):
         found.check(sum(cloud.clients for cloud in run_file.clouds))
+
+
+def _check_links(run_file: RunFile, made: AggregationRule, found: Combination | None) -> None:
+    """Refuses what schedule and compression of a federation would refuse."""
+    privacy, aggregation = run_file.privacy, run_file.aggregation
+    promise = Promise(
+        privacy.unit,
+        # Clients of unit client; the others sample inside each cloud, whatever the schedule is.
+        privacy.sampling != "full" or privacy.client_rate < 1,
+        privacy.period > 1,
+        privacy.unit != "none" and privacy.noise in CORRELATED,
+        plans.adaptive(run_file) is not None,
+        privacy.unit == "client" and privacy.noise in INTEGER,
+        privacy.unit == "client" and privacy.noise not in INTEGER,
+    )
+    check_schedule(
+        schedule(run_file),
+        promise,
+        rule=made,
+        opens=0 if run_file.secure.sum == "plain" else _fewest_opened(run_file),
+        clouds=len(run_file.clouds),
+        drift=drift(run_file),
+        combine=found,
+        by_loss=aggregation.weights.startswith("loss"),
+        normalises=aggregation.normalise_steps,
+        attacked=attackers(run_file) is not None,
+        offline=any(cloud.offline_rounds for cloud in run_file.clouds),
+    )
+    shortened = compression(run_file)
+    if shortened is not None:
+        control = run_file.training.scaffold
+        check_compression(
+            shortened, promise, rule=made, combined=found is not None, control=control
+        )
 
 
 def robust(run_file: RunFile) -> Combine | GroupRobust | None:
@@ -294,6 +372,27 @@ def attackers(run_file: RunFile) -> Attackers | None:
     return Attackers(ATTACKS[attack.name], malicious, attack.scale)
 
 
+def schedule(run_file: RunFile) -> Schedule:
+    """When the server waits for whom."""
+    section = run_file.schedule
+    names = {"grace_seconds": "grace", "staleness_exponent": "exponent"}
+    given = section.model_dump(exclude={"name"}, exclude_none=True)
+    settings = {names.get(key, key): value for key, value in given.items()}
+    return SCHEDULES[section.name](**settings)
+
+
+def compression(run_file: RunFile) -> Compression | None:
+    """How messages are shortened; None where they are sent whole."""
+    section = run_file.compression
+    if section is None:
+        return None
+    keys = {key for key in CODEC_KEYS[section.codec] if getattr(section, key) is not None}
+    codec = CODECS[section.codec](**section.model_dump(include=keys))
+    if section.rotate:
+        codec = Chain((codec, Rotated()))
+    return Compression(codec, section.error_feedback, section.rounding, section.broadcast)
+
+
 def lora(run_file: RunFile) -> LoraConfig:
     """Rank, alpha and targets."""
     section = run_file.adapter
@@ -308,16 +407,21 @@ _HIDDEN: dict[str, type[Masked | Threshold | Bfv | Ckks]] = {
 }
 
 
+def _fewest_opened(run_file: RunFile) -> int:
+    """The fewest clouds whose sum is opened."""
+    least = 2
+    if plans.distributed(run_file):
+        sizes = [cloud.clients for cloud in run_file.clouds]
+        least = max(least, fewest_clouds(sizes, run_file.privacy.dropouts))
+    return run_file.secure.minimum_clients or least
+
+
 def sum_mode(run_file: RunFile, base: Model) -> SumMode:
     """How updates are summed; measures a sensitivity map if the run file asks for one."""
     section = run_file.secure
     if section.sum == "plain":
         return Plain()
-    least = 2
-    if plans.distributed(run_file):
-        sizes = [cloud.clients for cloud in run_file.clouds]
-        least = max(least, fewest_clouds(sizes, run_file.privacy.dropouts))
-    hidden = _HIDDEN[section.sum](section.threshold, section.minimum_clients or least)
+    hidden = _HIDDEN[section.sum](section.threshold, _fewest_opened(run_file))
     selective = section.selective
     if selective is None:
         return hidden
@@ -326,8 +430,31 @@ def sum_mode(run_file: RunFile, base: Model) -> SumMode:
     return Selective(hidden, chosen)
 
 
+def participants(run_file: RunFile, base: Outline, data: Sequence[Corpus]) -> list[Participant]:
+    """The clients of all clouds with their rows, in order."""
+    return [
+        client
+        for cloud, profile, corpus in zip(
+            run_file.clouds, profiles(run_file, base.config), data, strict=True
+        )
+        for client in Participant.from_corpus(
+            profile,
+            corpus,
+            evaluation_rows=run_file.evaluation.examples_per_cloud,
+            offline_rounds=cloud.offline_rounds,
+            rank=cloud.rank,
+            local_steps=cloud.local_steps,
+        ).divided(corpus.client_rows)
+    ]
+
+
 def federation(
-    run_file: RunFile, base: Model, data: list[Corpus], secret: bytes | None = None
+    run_file: RunFile,
+    base: Model,
+    data: list[Corpus],
+    secret: bytes | None = None,
+    *,
+    trial: bool = False,
 ) -> Federation:
     """Builds the federation; runs the key ceremony when the sum is encrypted.
 
@@ -336,29 +463,44 @@ def federation(
         base: the model.
         data: of each cloud.
         secret: root of noise and samples with [privacy] generator = "system".
+        trial: messages are added on the devices whatever the sum is: to the same bytes, in the same
+            virtual time, without keys.
     """
+    try:
+        return _federation(run_file, run_file, base, data, secret, trial)
+    except MoreCycles as more:
+        # Where clouds do not wait for each other, the timeline says how often each looks at its
+        # data; the plan counts that.
+        planned = run_file.model_copy(update={"rounds": more.cycles})
+        return _federation(run_file, planned, base, data, secret, trial)
+
+
+def _federation(
+    run_file: RunFile,
+    planned: RunFile,
+    base: Model,
+    data: list[Corpus],
+    secret: bytes | None,
+    trial: bool,
+) -> Federation:
+    """As `federation`, with the privacy plan of `planned`."""
     training, secure = run_file.training, run_file.secure
+    mode = sum_mode(run_file, base)
     examples = [rows for corpus in data for rows in corpus.client_rows]
     at_once = training.clients_at_once
     return Federation(
         base,
-        [
-            client
-            for cloud, corpus in zip(run_file.clouds, data, strict=True)
-            for client in Participant.from_corpus(
-                Cloud(cloud.name, Link(**cloud.link.model_dump())),
-                corpus,
-                evaluation_rows=run_file.evaluation.examples_per_cloud,
-                offline_rounds=cloud.offline_rounds,
-                rank=cloud.rank,
-                local_steps=cloud.local_steps,
-            ).divided(corpus.client_rows)
-        ],
+        participants(run_file, base, data),
         lora=lora(run_file),
         training=local_training(run_file, base),
         rule=rule(run_file),
-        plan=plan(run_file, examples, base),
-        sum_mode=sum_mode(run_file, base),
+        plan=plan(planned, examples, base),
+        schedule=schedule(run_file),
+        compression=compression(run_file),
+        steps=run_file.rounds,
+        # Integer noise is taken out of a hidden sum alone.
+        sum_mode=Plain() if trial and run_file.privacy.noise not in INTEGER else mode,
+        timed_as=mode if trial else None,
         combine=combination(run_file),
         update_bound=secure.update_bound,
         value_bits=secure.bits,
@@ -375,7 +517,10 @@ def federation(
 
 
 def state(run_file: RunFile, base: Model) -> FederationState:
-    """A state shaped like those of the run, without building its federation."""
+    """A state shaped like those of the run, without building its federation.
+
+    What schedules and compression keep is not in it.
+    """
     central = run_file.privacy.unit == "client"
     return init_state(
         base.config,

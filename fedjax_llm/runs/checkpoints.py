@@ -106,7 +106,12 @@ class Checkpoints:
                 raise
 
     def latest(
-        self, like: PyTree = None, notify: Callable[[str], None] | None = None
+        self,
+        like: PyTree = None,
+        notify: Callable[[str], None] | None = None,
+        *,
+        check: Callable[[dict[str, Any]], None] = lambda metadata: None,
+        part: bool = False,
     ) -> Checkpoint | None:
         """The newest checkpoint that can be read, or None when there is none.
 
@@ -115,6 +120,9 @@ class Checkpoints:
             `jax.ShapeDtypeStruct`). Without it the tree is a flat dict from `jax.tree_util.keystr`
             names to arrays.
           notify: is told, in one line, of each damaged checkpoint that was passed over.
+          check: is given the metadata before the tree is compared with `like`; it raises where they
+            show that the checkpoint is of another run, in better words.
+          part: whether `like` may be a part of what was saved, which is all that is given then.
 
         Raises:
           UserError: there are checkpoints and all of them are damaged, or the newest readable one
@@ -136,7 +144,8 @@ class Checkpoints:
                         "going back to the one before it"
                     )
                 continue
-            tree = leaves if like is None else _fit(leaves, like, self.folder / str(round))
+            check(metadata)
+            tree = leaves if like is None else _fit(leaves, like, self.folder / str(round), part)
             return Checkpoint(round, tree, metadata)
         return None
 
@@ -197,11 +206,12 @@ def _named_leaves(tree: PyTree) -> dict[str, np.ndarray]:
     }
 
 
-def _fit(leaves: dict[str, np.ndarray], like: PyTree, where: Path) -> PyTree:
+def _fit(leaves: dict[str, np.ndarray], like: PyTree, where: Path, part: bool) -> PyTree:
     named, structure = jax.tree_util.tree_flatten_with_path(like)
     expected = {jax.tree_util.keystr(path): leaf for path, leaf in named}
-    if leaves.keys() != expected.keys():
-        name = min(leaves.keys() ^ expected.keys())
+    differ = expected.keys() - leaves.keys() if part else leaves.keys() ^ expected.keys()
+    if differ:
+        name = min(differ)
         raise UserError(f"{where} belongs to another run: {name} is in only one of the two")
     for name, leaf in expected.items():
         # Plain numbers have neither dtype nor shape; NumPy says what they are saved as.

@@ -63,7 +63,7 @@ def _trained(
     model = build.model(run_file, on_event)
     like = build.state(run_file, model)
     found = Checkpoints(folder.checkpoints).latest(
-        like=like, notify=lambda text: on_event(Note(text))
+        like=like, notify=lambda text: on_event(Note(text)), part=True
     )
     if found is None:
         raise UserError(f"{folder.path} has no checkpoint yet; `fedjax-llm resume` it first")

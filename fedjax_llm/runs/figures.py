@@ -12,29 +12,34 @@ from typing import Any
 from fedjax_llm.runs.metrics import RoundRecord
 
 SERIES = 6
-_ROLES = {"ink": "#010101", "muted": "#020202", "grid": "#030303", "page": "#040404"} | {
-    f"series-{index}": f"#0505{index:02x}" for index in range(SERIES)
-}
+# What the page calls a colour -> its stand-in.
+ROLES = {
+    "ink": "#010101",
+    "muted": "#020202",
+    "grid": "#030303",
+    "page": "#040404",
+    "bad": "#060606",
+} | {f"series-{index}": f"#0505{index:02x}" for index in range(SERIES)}
 _DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (5, 2, 1.5, 2)))
-_STYLE: Any = {
+STYLE: Any = {
     "svg.fonttype": "none",  # text stays text: it takes the page's font and can be selected
     "text.parse_math": False,  # a dollar sign in a cloud's name is a dollar sign
     "font.size": 12,
-    "axes.edgecolor": _ROLES["grid"],
-    "axes.labelcolor": _ROLES["muted"],
+    "axes.edgecolor": ROLES["grid"],
+    "axes.labelcolor": ROLES["muted"],
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.spines.left": False,
     "axes.grid": True,
     "axes.grid.axis": "y",
     "axes.axisbelow": True,
-    "grid.color": _ROLES["grid"],
+    "grid.color": ROLES["grid"],
     "grid.linewidth": 0.8,
-    "xtick.color": _ROLES["muted"],
-    "ytick.color": _ROLES["muted"],
+    "xtick.color": ROLES["muted"],
+    "ytick.color": ROLES["muted"],
     "xtick.major.size": 0,
     "ytick.major.size": 0,
-    "text.color": _ROLES["ink"],
+    "text.color": ROLES["ink"],
     "legend.frameon": False,
     "lines.solid_capstyle": "round",
 }
@@ -75,7 +80,7 @@ def epsilon(records: Sequence[RoundRecord]) -> str | None:
 
     def draw(axes: Any) -> None:
         xs, ys = zip(*points, strict=True)
-        axes.fill_between(xs, ys, color=_ROLES["series-3"], alpha=0.14, linewidth=0)
+        axes.fill_between(xs, ys, color=ROLES["series-3"], alpha=0.14, linewidth=0)
         axes.plot(xs, ys, marker="o", **_line(3))
         axes.annotate(
             f"{ys[-1]:.2f}",
@@ -117,8 +122,8 @@ def uplink(records: Sequence[RoundRecord], wide: bool = False) -> str | None:
                 bottom=floor,
                 width=0.55,
                 label=name,
-                color=_ROLES[f"series-{index % SERIES}"],
-                edgecolor=_ROLES["page"],
+                color=ROLES[f"series-{index % SERIES}"],
+                edgecolor=ROLES["page"],
                 linewidth=1,
             )
             floor = [low + height for low, height in zip(floor, heights, strict=True)]
@@ -138,7 +143,7 @@ def _figure(
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
         # Inches of a half and of a whole column of the page, so that text has one size in both.
         size = (13.4, 4.4) if wide else (6.4, 3.5)
         figure = Figure(figsize=size, layout="constrained")
@@ -154,7 +159,7 @@ def _figure(
             figure.legend(loc="outside upper left", ncols=columns, handlelength=1.4)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    return _themed(buffer.getvalue(), name)
+    return themed(buffer.getvalue(), name)
 
 
 def bounds(lower: float, upper: float) -> str:
@@ -189,7 +194,8 @@ def bounds(lower: float, upper: float) -> str:
     )
 
 
-def _themed(svg: str, name: str) -> str:
+def themed(svg: str, name: str) -> str:
+    """A drawing of matplotlib's as part of a page: no size, ids of its own, colours by role."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*pt"', r"\1", svg, count=1)
@@ -198,7 +204,7 @@ def _themed(svg: str, name: str) -> str:
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
     svg = re.sub(r'(xlink:href="|url\()#', rf"\1#{name}-", svg)
     svg = re.sub(r"font-family: [^;\"]*|(font: [\d.]+px) [^;\"]*", _inherit_font, svg)
-    for role, colour in _ROLES.items():
+    for role, colour in ROLES.items():
         svg = svg.replace(colour, f"var(--{role})")
     return svg
 
@@ -209,7 +215,7 @@ def _inherit_font(match: re.Match[str]) -> str:
 
 def _line(index: int) -> dict[str, Any]:
     return {
-        "color": _ROLES[f"series-{index % SERIES}"],
+        "color": ROLES[f"series-{index % SERIES}"],
         "linestyle": _DASHES[index // SERIES % len(_DASHES)],
         "linewidth": 2.2,
         "markersize": 4.5,

@@ -22,10 +22,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from fedjax_llm.clouds.schedules import Synchronous
 from fedjax_llm.data import Corpus
 from fedjax_llm.errors import UserError
+from fedjax_llm.federation.calendar import Calendar
 from fedjax_llm.models import Model
 from fedjax_llm.runs.runfile import RunFile
+from fedjax_llm.runs.runfile_partition import DividingKeys
 from fedjax_llm.runs.runfile_privacy import CORRELATED
 from fedjax_llm.runs.runfile_types import BUILTIN_PREFIX
 
@@ -33,8 +36,11 @@ PyTree = Any
 # From the words for a part of a run to the sha256 of what it was, hexadecimal.
 Fingerprint = dict[str, str]
 
-_SECTIONS = ("adapter", "training", "aggregation", "privacy", "secure")
-_OF_CLOUDS = {"rank", "local_steps", "weight", "clients", "partition", "concentration"}
+_SECTIONS = ("adapter", "training", "aggregation", "privacy", "secure", "schedule")
+_OF_CLOUDS = {
+    *("rank", "local_steps", "weight", "clients", "partition"),
+    *DividingKeys.model_fields,
+}
 # What fits the work into memory, and the budget, which says when to stop.
 _FREE = {"microbatch", "remat", "clients_at_once", "budget"}
 
@@ -63,13 +69,25 @@ def of(run_file: RunFile, base: Model, corpora: Sequence[Corpus]) -> Fingerprint
     found["settings of the clouds"] = _text(own)
     if run_file.privacy.unit != "none" and run_file.privacy.noise in CORRELATED:
         found["rounds, for which the correlated noise is made"] = _text(run_file.rounds)
-    attack = run_file.attack
-    found["section [attack]"] = _text(attack and attack.model_dump(mode="json"))
+    for name in ("attack", "compression"):
+        section = getattr(run_file, name)
+        found[f"section [{name}]"] = _text(section and section.model_dump(mode="json"))
     found["model"] = _text([repr(base.config), _arrays(base.base)])
     found["tokenizer"] = base.tokenizer.sha256
     for corpus in corpora:
         found[f"data of cloud {corpus.name!r}"] = _arrays((corpus.train, corpus.evaluation))
     return found
+
+
+def of_timeline(calendar: Calendar) -> Fingerprint:
+    """Who lands when, for schedules in which that follows from links and machines.
+
+    So rounds cannot be added to such a run: what is under way at its end depends on where that is.
+    """
+    if isinstance(calendar.schedule, Synchronous):
+        return {}
+    digest = hashlib.sha256(calendar.timeline.table_M.tobytes())
+    return {"timeline of the clouds (links, machines, failures, rounds)": digest.hexdigest()}
 
 
 def check(saved: Mapping[str, str], now: Mapping[str, str], folder: Path) -> None:

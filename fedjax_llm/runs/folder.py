@@ -7,6 +7,9 @@ format           the version of this layout     opened.json     whose sum was op
 noise.key        secret root of noise and samples, where the run file asks for one; as secret as
                  it are the checkpoints then
 audit.json       lower bound on epsilon, where the run has been audited
+timeline.json    who did what when in virtual time
+harmonise.json   what was changed in the data of each cloud, where the run harmonises
+plan.json        what `fedjax-llm plan` expected of the run, where it wrote the run file
 .lock            held by the process that writes
 """
 
@@ -24,7 +27,17 @@ FORMAT = 1
 _SECRET_BYTES = 32
 _FORMAT_LINE = "fedjax-llm run folder, format {}\n"
 # What a run leaves that ended before its first round; it is no result, so a new run may take it.
-_SKELETON = {".lock", "run.toml", "format", "tensorboard", "checkpoints", "noise.key"}
+_SKELETON = {
+    ".lock",
+    "run.toml",
+    "format",
+    "tensorboard",
+    "checkpoints",
+    "noise.key",
+    "harmonise.json",
+    "plan.json",
+    "timeline.json",
+}
 
 
 @dataclass
@@ -155,6 +168,16 @@ class RunFolder:
     def opened(self) -> Path:
         """Whose sum the last round between clouds opened; see `opened`."""
         return self.path / "opened.json"
+
+    @property
+    def timeline(self) -> Path:
+        """Who did what when in virtual time; see `timeline_file`."""
+        return self.path / "timeline.json"
+
+    @property
+    def harmonised(self) -> Path:
+        """What was changed in the data of each cloud; see `harmonising`."""
+        return self.path / "harmonise.json"
 
     @property
     def report(self) -> Path:

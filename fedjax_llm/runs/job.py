@@ -18,12 +18,17 @@ from fedjax_llm.runs import (
     auditing,
     build,
     fingerprint,
+    forecast_file,
+    harmonising,
     machine,
     metrics,
     opened,
     report,
     runfile,
+    stopping,
     summary,
+    timeline_file,
+    virtual,
 )
 from fedjax_llm.runs.checkpoints import Checkpoints
 from fedjax_llm.runs.events import (
@@ -61,25 +66,37 @@ def run(run_file: RunFile, folder: RunFolder, *, on_event: OnEvent = ignore) -> 
     """
     base = build.model(run_file, on_event)
     corpora = build.corpora(run_file, base, on_event)
+    harmonising.record(folder, run_file, corpora)
+    forecast_file.record(folder, run_file)
     identity = fingerprint.of(run_file, base, corpora)
     on_event(Stage("sum" if run_file.secure.sum == "plain" else "keys"))
     secret = folder.noise_secret() if _secret_noise(run_file) else None
     federation = build.federation(run_file, base, corpora, secret)
+    identity |= fingerprint.of_timeline(federation.calendar)
+    timeline_file.write(folder, federation.calendar, run_file.rounds)
     plan = federation.plan
     on_event(Note(federation.statement()))
-    on_event(Note(plan.statement()))
+    statement = harmonising.privacy_statement(plan.statement(), run_file)
+    on_event(Note(statement))
+    if (words := stopping.statement(run_file)) is not None:
+        on_event(Note(words))
     if run_file.attack is not None:
         on_event(Note(_attack_statement(run_file.attack)))
 
     initial = federation.init()
     checkpoints = Checkpoints(folder.checkpoints, run_file.checkpoint.keep)
     try:
-        found = checkpoints.latest(like=initial, notify=lambda text: on_event(Note(text)))
+        found = checkpoints.latest(
+            like=initial,
+            notify=lambda text: on_event(Note(text)),
+            check=lambda saved: fingerprint.check(
+                saved.get("fingerprint", {}), identity, folder.path
+            ),
+        )
         if found is None:
             state = initial
             metrics.truncate(folder.metrics, -1)
         else:
-            fingerprint.check(found.metadata.get("fingerprint", {}), identity, folder.path)
             if found.metadata.get("offline", {}) != _offline(run_file, found.round):
                 raise UserError(
                     f"{folder.path}: offline_rounds say something else about the {found.round} "
@@ -92,7 +109,7 @@ def run(run_file: RunFile, folder: RunFolder, *, on_event: OnEvent = ignore) -> 
                     "its results and epsilon are those of all its rounds: set rounds to at least "
                     f"{found.round}"
                 )
-            if found.round > plan.allowed_rounds:
+            if found.round > federation.spending.allowed_steps:
                 raise Refused(
                     f"{folder.path} has spent more than its budget of epsilon {plan.budget:g}: "
                     f"{plan.report(found.round)}; raise [privacy] budget in its run.toml, or stop"
@@ -107,7 +124,7 @@ def run(run_file: RunFile, folder: RunFolder, *, on_event: OnEvent = ignore) -> 
                 on_event(RoundStarted(0, run_file.rounds))
                 record = _before_training(federation, initial, on_event)
                 _finish_round(folder, checkpoints, board, initial, record, identity, {}, on_event)
-            rounds = min(run_file.rounds, plan.allowed_rounds)
+            rounds = min(run_file.rounds, federation.spending.allowed_steps)
             if rounds < run_file.rounds:
                 on_event(
                     Note(
@@ -115,6 +132,8 @@ def run(run_file: RunFile, folder: RunFolder, *, on_event: OnEvent = ignore) -> 
                         f"{run_file.rounds} rounds: the run stops there"
                     )
                 )
+            if stopping.reached(run_file, metrics.read(folder.metrics)[-1]):
+                rounds = int(state.round)
             for number in range(int(state.round) + 1, rounds + 1):
                 on_event(RoundStarted(number, rounds))
                 state, record = _one_round(
@@ -124,6 +143,8 @@ def run(run_file: RunFile, folder: RunFolder, *, on_event: OnEvent = ignore) -> 
                 _finish_round(
                     folder, checkpoints, board, state, record, identity, offline, on_event
                 )
+                if stopping.reached(run_file, record):
+                    break
     finally:
         checkpoints.close()
 
@@ -135,15 +156,17 @@ def run(run_file: RunFile, folder: RunFolder, *, on_event: OnEvent = ignore) -> 
         metrics.read(folder.metrics),
         name=run_file.name,
         seed=run_file.seed,
-        privacy_statement=plan.statement(),
+        privacy_statement=statement,
         secure_statement=federation.statement(),
         sample=_sample(run_file, base, federation, (initial, state), on_event),
         parameters_trained=federation.parameters,
         encrypted_fraction=federation.encrypted_fraction,
+        virtual=virtual.of(federation.calendar, int(state.round)),
         versions=machine.versions(),
         machine=machine.machine(),
     )
     on_event(Stage("report"))
+    timeline_file.write(folder, federation.calendar, int(state.round))
     folder.write("summary.json", result.to_json())
     report.write(folder)
     return result
@@ -156,7 +179,7 @@ def resume(path: Path, *, on_event: OnEvent = ignore) -> Summary:
         result = _finished(run_file, folder)
         if result is None:
             return run(run_file, folder, on_event=on_event)
-        on_event(Note(f"all {run_file.rounds} rounds are done; only the report is made again"))
+        on_event(Note(f"all {result.rounds} rounds are done; only the report is made again"))
         on_event(Stage("report"))
         report.write(folder)
         return result
@@ -186,7 +209,7 @@ def _finished(run_file: RunFile, folder: RunFolder) -> Summary | None:
         result = summary.read(folder.summary)
     except UserError:
         return None  # damaged; the run writes it again
-    return result if result is not None and result.rounds == run_file.rounds else None
+    return result if result is not None and stopping.ended(run_file, result) else None
 
 
 def _before_training(
@@ -241,12 +264,9 @@ def epsilon_by_cloud(federation: Federation, rounds: int) -> dict[str, float]:
     A cloud that was offline in a round, or takes fewer local steps, has spent less.
     """
     plan, found = federation.plan, dict[str, float]()
-    taken = []
-    for participant in federation.participants:
-        here = sum(number not in participant.offline_rounds for number in range(1, rounds + 1))
-        most = plan.sampler.steps_per_round
-        taken.append(here * min(most, participant.local_steps or most))
-    epsilons = plan.epsilon_per_cloud(rounds, taken) or ()
+    spending = federation.spending
+    taken = spending.local_steps(rounds)
+    epsilons = plan.epsilon_per_cloud(spending.rounds(rounds), taken) or ()
     for participant, epsilon in zip(federation.participants, epsilons, strict=bool(epsilons)):
         name = participant.cloud.name
         found[name] = max(found.get(name, 0.0), epsilon)
@@ -255,7 +275,7 @@ def epsilon_by_cloud(federation: Federation, rounds: int) -> dict[str, float]:
 
 def _record(done: RoundReport, losses: dict[str, float], federation: Federation) -> RoundRecord:
     plan = federation.plan
-    spent = plan.report(done.round)
+    spent = plan.report(federation.spending.rounds(done.round))
     per_cloud = epsilon_by_cloud(federation, done.round)
     clouds: dict[str, CloudRecord] = {}
     for name, cloud in done.clouds.items():
@@ -265,6 +285,9 @@ def _record(done: RoundReport, losses: dict[str, float], federation: Federation)
             uplink_bytes=cloud.uplink_bytes,
             downlink_bytes=cloud.downlink_bytes,
             seconds_link=cloud.seconds_link,
+            seconds_train_virtual=cloud.seconds_train,
+            dollars=cloud.dollars,
+            lands=cloud.lands,
         )
         if name in losses:
             clouds[name]["loss_eval_nats"] = losses[name]
@@ -286,6 +309,8 @@ def _record(done: RoundReport, losses: dict[str, float], federation: Federation)
         seconds_add=done.seconds["add"],
         seconds_decrypt=done.seconds["decrypt"],
         seconds_virtual=done.seconds_virtual,
+        dollars=done.dollars,
+        dollars_server=done.dollars_server,
         tokens=done.tokens,
         tokens_per_second=done.tokens / done.seconds["train"],
         update_norm=done.update_norm,

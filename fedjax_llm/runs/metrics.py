@@ -28,12 +28,16 @@ class CloudRecord(TypedDict, total=False):
     epsilon: float | None
     epsilon_reason: str
     seconds_link: float
+    seconds_train_virtual: float
+    dollars: float
+    lands: bool
 
 
 class RoundRecord(TypedDict, total=False):
     """One line of metrics.jsonl. Round 0 is the evaluation before training: only `loss_eval_nats`.
 
-    `seconds_virtual` is simulated time (link and training on the clouds' own clocks).
+    `seconds_virtual` is simulated time (link and training on the clouds' own clocks), `dollars` is
+    what clouds and server pay in it.
     """
 
     round: int
@@ -52,6 +56,8 @@ class RoundRecord(TypedDict, total=False):
     seconds_checkpoint: float
     seconds_round: float
     seconds_virtual: float
+    dollars: float
+    dollars_server: float
     tokens: int
     tokens_per_second: float
     update_norm: float | None

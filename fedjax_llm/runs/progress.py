@@ -125,6 +125,27 @@ def round_line(record: RoundRecord) -> str:
     return "  ".join(parts)
 
 
+def _virtual_lines(summary: Summary) -> list[str]:
+    """Time, money and goodput as the clouds would have had them."""
+    found = summary.virtual
+    if found is None:
+        return []
+    payers = found.payers.values()
+    rent, egress = (sum(getattr(own, key) for own in payers) for key in ("rent", "egress"))
+    money = ", ".join(
+        f"{name} {text.dollars_text(dollars)}"
+        for name, dollars in (("rent", rent), ("egress", egress))
+    )
+    if found.lost:
+        money += f"; {text.dollars_text(found.lost)} of it lost"
+    return [
+        f"virtual  {text.seconds_text(summary.seconds_virtual)} on the clouds' machines and links",
+        f"money    {text.dollars_text(found.dollars)}: {money}",
+        f"goodput  {text.share_text(found.goodput)} of the clouds' time is training that counts, "
+        f"{text.share_text(found.goodput_up)} of the time they were up",
+    ]
+
+
 def print_summary(summary: Summary, path: Path) -> None:
     """What a finished run came to, one answer before and after, and where the report is."""
     console = Console()
@@ -149,6 +170,7 @@ def print_summary(summary: Summary, path: Path) -> None:
         if seconds > 0
     ]
     lines.append(f"time     {text.seconds_text(summary.seconds_total)}: {', '.join(spent)}")
+    lines += _virtual_lines(summary)
     if summary.secure_share:
         share = text.share_text(summary.secure_share)
         lines.append(f"sum      encryption, addition and decryption are {share} of the rounds")

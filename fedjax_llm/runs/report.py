@@ -10,7 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from fedjax_llm.errors import UserError
-from fedjax_llm.runs import audit_file, figures, metrics, summary, text
+from fedjax_llm.runs import (
+    audit_file,
+    figures,
+    forecast_file,
+    harmonise_card,
+    harmonise_file,
+    metrics,
+    summary,
+    text,
+    timeline_card,
+    timeline_file,
+)
 from fedjax_llm.runs.folder import RunFolder
 
 # Stage of a round -> what a reader calls it; the order is that of the stacked bar.
@@ -54,6 +65,7 @@ def render(folder: RunFolder) -> str:
     settings = tomllib.loads(run_toml)
     result = summary.read(folder.summary)
     audited = audit_file.read(folder)
+    harmonised = harmonise_file.read(folder)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("fedjax_llm.runs", "templates"),
         autoescape=True,
@@ -66,6 +78,7 @@ def render(folder: RunFolder) -> str:
         seconds=text.seconds_text,
         loss=text.loss_text,
         share=text.share_text,
+        dollars=text.dollars_text,
         capitalize_first=lambda words: words[:1].upper() + words[1:],
     )
     return environment.get_template("report.html.j2").render(
@@ -77,6 +90,9 @@ def render(folder: RunFolder) -> str:
         records=records,
         charts=_charts(records) | {"bounds": _bounds(audited)},
         audit=audited,
+        harmonised=harmonise_card.cards(harmonised),
+        timeline=_timeline(folder, result is not None),
+        money=_money(folder, result),
         shares=_shares(records),
         change=_change,
         aggregation=_aggregation(settings, records),
@@ -97,6 +113,22 @@ def _charts(records: list[metrics.RoundRecord]) -> dict[str, Any]:
     }
     # Matplotlib has escaped every text in its SVG; anything else stays subject to autoescape.
     return {name: markupsafe.Markup(svg) if svg else None for name, svg in drawn.items()}
+
+
+def _timeline(folder: RunFolder, finished: bool) -> dict[str, Any] | None:
+    import markupsafe
+
+    card = timeline_card.timeline_card(timeline_file.read(folder), finished)
+    # As for the charts: text in it has been escaped.
+    return None if card is None else {**vars(card), "svg": markupsafe.Markup(card.svg)}
+
+
+def _money(folder: RunFolder, result: summary.Summary | None) -> timeline_card.MoneyCard | None:
+    if result is None:
+        return None
+    forecast = forecast_file.read(folder)
+    outcome = None if forecast is None else forecast_file.outcome(folder)
+    return timeline_card.money_card(result.virtual, forecast, outcome)
 
 
 def _bounds(audited: dict[str, Any] | None) -> Any:

@@ -7,7 +7,7 @@ becomes one line that names the file, the line, the key and the cure.
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import tomli_w
 from pydantic import ValidationError
@@ -15,7 +15,9 @@ from pydantic import ValidationError
 from fedjax_llm.errors import FedJaxError, Refused, UserError
 from fedjax_llm.runs import toml_errors
 from fedjax_llm.runs.runfile_aggregation import CombineName
+from fedjax_llm.runs.runfile_clouds import TRACES
 from fedjax_llm.runs.runfile_errors import Where, explained, syntax_error
+from fedjax_llm.runs.runfile_harmonise import CloudHarmoniseSection, HarmoniseSection
 from fedjax_llm.runs.runfile_overrides import apply_override
 from fedjax_llm.runs.runfile_schema import Link as Link
 from fedjax_llm.runs.runfile_schema import RunFile as RunFile
@@ -56,7 +58,10 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunFile:
     except ValidationError as error:
         raise explained(error, data, where, RunFile) from None
     _check_rule(run_file, data, where)
-    return _with_absolute_paths(run_file, path.resolve().parent, data, where)
+    run_file = _with_absolute_paths(run_file, path.resolve().parent, data, where)
+    _check_profiles(run_file, where)
+    _check_harmonise(run_file, where)
+    return run_file
 
 
 def to_toml(run_file: RunFile) -> str:
@@ -102,6 +107,32 @@ def _check_rule(run_file: RunFile, data: dict[str, Any], where: Where) -> None:
         raise type(error)(f"{where(('aggregation',))}: {error}") from None
 
 
+def _check_profiles(run_file: RunFile, where: Where) -> None:
+    """The profiles of all clouds can be made: traces, names of the catalogue, its file."""
+    from fedjax_llm.runs import cloud_profiles  # as above, and it reads the catalogue
+
+    try:
+        figures = cloud_profiles.catalogue(run_file)
+    except UserError as error:
+        raise UserError(f"{where(('catalogue',))}: {error}") from None
+    for index, cloud in enumerate(run_file.clouds):
+        try:
+            cloud_profiles.profile(cloud, run_file, figures)
+        except UserError as error:
+            name = toml_errors.shown(cloud.name)
+            raise UserError(f"{where(('clouds', index))}: cloud {name}: {error}") from None
+
+
+def _check_harmonise(run_file: RunFile, where: Where) -> None:
+    """Labels, lengths and mixtures of all clouds can be made."""
+    from fedjax_llm.runs import harmonising  # as above
+
+    try:
+        harmonising.settings(run_file)
+    except UserError as error:
+        raise UserError(f"{where(('harmonise',))}: {error}") from None
+
+
 def _with_absolute_paths(
     run_file: RunFile, folder: Path, data: dict[str, Any], where: Where
 ) -> RunFile:
@@ -118,14 +149,36 @@ def _with_absolute_paths(
             for position, source in enumerate(sources)
         )
 
+    def with_labels[S: CloudHarmoniseSection | HarmoniseSection | None](
+        section: S, key: toml_errors.Path
+    ) -> S:
+        if section is None or section.labels_file is None:
+            return section
+        update = {"labels_file": existing(section.labels_file, key)}
+        return cast(S, section.model_copy(update=update))
+
     model = run_file.model
     if model.path is not None:
         model = model.model_copy(update={"path": existing(model.path, ("model", "path"))})
+    catalogue = run_file.catalogue and existing(run_file.catalogue, ("catalogue",))
     clouds = []
     for index, cloud in enumerate(run_file.clouds):
-        sources = absolute(cloud.data.sources, ("clouds", index, "data", "sources"))
-        data_section = cloud.data.model_copy(update={"sources": sources})
-        clouds.append(cloud.model_copy(update={"data": data_section}))
+        changes: dict[str, Any] = {}
+        if cloud.data is not None:
+            sources = absolute(cloud.data.sources, ("clouds", index, "data", "sources"))
+            changes["data"] = cloud.data.model_copy(update={"sources": sources})
+        for section, trace in TRACES:
+            own = changes.get(section, getattr(cloud, section))
+            if (text := getattr(own, trace, None)) is not None:
+                file = existing(text, ("clouds", index, section, trace))
+                changes[section] = own.model_copy(update={trace: file})
+        labels = ("clouds", index, "harmonise", "labels_file")
+        changes["harmonise"] = with_labels(cloud.harmonise, labels)
+        clouds.append(cloud.model_copy(update=changes))
+    partition = run_file.partition
+    if partition is not None:
+        sources = absolute(partition.sources, ("partition", "sources"))
+        partition = partition.model_copy(update={"sources": sources})
     secure = run_file.secure
     selective = secure.selective
     if selective is not None:
@@ -137,7 +190,11 @@ def _with_absolute_paths(
             changed = {"measure_on": public and absolute(public, (*key, "measure_on"))}
         selective = selective.model_copy(update=changed)
         secure = secure.model_copy(update={"selective": selective})
-        private = {cloud.name: cloud.data.sources for cloud in clouds}
+        private = {
+            cloud.name: read.sources
+            for cloud in clouds
+            if (read := cloud.data or partition) is not None
+        }
         if (found := private_source(selective, private)) is not None:
             index, name = found
             place = (*key, "measure_on", index)
@@ -145,5 +202,7 @@ def _with_absolute_paths(
                 f"{where(place)}: {toml_errors.key_name(place, data)} must be public text, and "
                 f"cloud {toml_errors.shown(name)} trains on it: a map from private data betrays it"
             )
-    update = {"model": model, "secure": secure, "clouds": tuple(clouds)}
+    update = {"model": model, "secure": secure, "clouds": tuple(clouds), "catalogue": catalogue}
+    update["partition"] = partition
+    update["harmonise"] = with_labels(run_file.harmonise, ("harmonise", "labels_file"))
     return run_file.model_copy(update=update)

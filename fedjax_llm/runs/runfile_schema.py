@@ -10,8 +10,29 @@ from fedjax_llm.runs.runfile_aggregation import (
     check_aggregation,
     check_attack,
 )
+from fedjax_llm.runs.runfile_clouds import AvailabilitySection, ComputeSection, PricesSection
+from fedjax_llm.runs.runfile_clouds import Link as Link
 from fedjax_llm.runs.runfile_errors import problem
+from fedjax_llm.runs.runfile_harmonise import (
+    CloudHarmoniseSection,
+    HarmoniseSection,
+    check_harmonise,
+)
+from fedjax_llm.runs.runfile_partition import (
+    DividingKeys,
+    How,
+    PartitionSection,
+    check_partition,
+    check_way,
+)
+from fedjax_llm.runs.runfile_plan import PlanSection, check_plan
 from fedjax_llm.runs.runfile_privacy import PrivacySection, no_audit
+from fedjax_llm.runs.runfile_schedule import (
+    CompressionSection,
+    ScheduleSection,
+    check_compression,
+    check_schedule,
+)
 from fedjax_llm.runs.runfile_secure import SecureSection, check_secure
 from fedjax_llm.runs.runfile_types import (
     Count,
@@ -80,7 +101,9 @@ class EvaluationSection(Section):
     """[evaluation]: held-out loss every `every_rounds`, and one sample answer before and after.
 
     `aggregation_error` compares each round's result with the mean of the clients' products, which
-    takes memory for every client's adapter.
+    takes memory for every client's adapter. The run ends after the first evaluated round whose
+    held-out loss, the mean over the clouds, is at most `target_loss` nats; with a privacy unit that
+    end tells about held-out rows, which no epsilon covers.
     """
 
     every_rounds: Count = 1
@@ -89,6 +112,7 @@ class EvaluationSection(Section):
     prompt: Text | None = None
     max_new_tokens: Count = 64
     aggregation_error: bool = True
+    target_loss: Positive | None = None
 
 
 class AuditSection(Section):
@@ -114,14 +138,6 @@ class CheckpointSection(Section):
     keep: Count = 2
 
 
-class Link(Section):
-    """A cloud's wide-area link, for virtual time: rates in megabits per second, latency one way."""
-
-    up_mbps: Positive = 100.0
-    down_mbps: Positive = 100.0
-    latency_ms: NotNegative = 20.0
-
-
 class DataSection(Section):
     """A cloud's data: files or folders (or `builtin:NAME`), how many rows, how much is held out."""
 
@@ -136,31 +152,42 @@ class DataSection(Section):
         return self
 
 
-class Cloud(Section):
-    """[[clouds]]: one site with its own data and its own link.
+class Cloud(DividingKeys):
+    """[[clouds]]: one site with its own link, and its own data unless [partition] gives it some.
 
     In `offline_rounds` it cannot be reached: neither its update nor its part of a decryption come.
     `rank` and `local_steps` are this cloud's own, at most those of [adapter] and [training];
     `weight` counts with [aggregation] weights = "public". With `clients` above 1 its training rows
-    are divided by `partition` (dirichlet takes `concentration`) among so many clients, whose
-    updates are summed inside the cloud before anything leaves it, unless the rule or combination
-    reads each.
+    are divided by `partition` among so many clients (as [partition] divides a corpus by `how`, with
+    the same keys), whose updates are summed inside the cloud before anything leaves it, unless the
+    rule or combination reads each. `instance` and `region` are names of the catalogue
+    (`fedjax-llm clouds`), which says what `link`, `compute` and `prices` leave out.
     """
 
     name: str = Field(min_length=1, max_length=64)
+    instance: Text | None = None
+    region: Text | None = None
     link: Link = Link()
-    data: DataSection
+    compute: ComputeSection | None = None
+    prices: PricesSection | None = None
+    availability: AvailabilitySection | None = None
+    data: DataSection | None = None
+    harmonise: CloudHarmoniseSection | None = None
     offline_rounds: Annotated[tuple[Count, ...], Field(strict=False)] = ()
     rank: Count | None = None
     local_steps: Count | None = None
     weight: Positive = 1.0
     clients: Count = 1
-    partition: Literal["iid", "dirichlet", "label"] = "iid"
-    concentration: Positive = 0.5
+    partition: How = "iid"
 
 
 class RunFile(Section):
-    """A whole run. Build it with `load`, or from Python with keyword arguments."""
+    """A whole run. Build it with `load`, or from Python with keyword arguments.
+
+    `catalogue` is a file of figures of one's own, laid over those of the package; `server_region`
+    is where the server stands, by which routes and prices of egress are looked up; `server_prices`
+    correct or replace what the catalogue has of the server's own.
+    """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -171,10 +198,18 @@ class RunFile(Section):
     aggregation: AggregationSection = AggregationSection()
     privacy: PrivacySection = PrivacySection()
     secure: SecureSection = SecureSection()
+    schedule: ScheduleSection = ScheduleSection()
+    compression: CompressionSection | None = None
     evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()
     attack: AttackSection | None = None
     audit: AuditSection | None = None
+    harmonise: HarmoniseSection | None = None
+    plan: PlanSection | None = None
+    catalogue: Text | None = None
+    server_region: Text | None = None
+    server_prices: PricesSection | None = None
+    partition: PartitionSection | None = None
     clouds: Annotated[tuple[Cloud, ...], Field(strict=False, min_length=1)]
 
     @model_validator(mode="after")
@@ -187,8 +222,31 @@ class RunFile(Section):
         divided = any(cloud.clients > 1 for cloud in self.clouds)
         check_attack(self.attack, names, self.privacy.unit, divided)
         self._check_unread()
+        check_schedule(self.schedule, len(names))
+        check_compression(self.compression, self.secure.bits)
+        check_partition(
+            self.partition,
+            data=[cloud.data is not None for cloud in self.clouds],
+            speed=[cloud.compute is not None or bool(cloud.instance) for cloud in self.clouds],
+            harmonise=[
+                own is not None and bool(own.model_fields_set - {"tokenizer"})
+                for own in (cloud.harmonise for cloud in self.clouds)
+            ],
+            unit=self.privacy.unit,
+        )
+        check_harmonise(
+            self.harmonise, [cloud.harmonise for cloud in self.clouds], self.privacy.unit
+        )
         if self.audit is not None and (why := no_audit(self.privacy)) is not None:
             raise problem(("audit",), f"has nothing to audit: {why}", got=False)
+        in_rounds = self.schedule.name == "synchronous" and self.compression is None
+        if self.audit is not None and self.privacy.unit == "client" and not in_rounds:
+            raise problem(
+                ("audit",),
+                "inserts messages that are sent whole into synchronous rounds; leave out "
+                "[compression] and [schedule], or audit unit example",
+                got=False,
+            )
         for index, cloud in enumerate(self.clouds):
             for key, own, whole, section in (
                 ("rank", cloud.rank, self.adapter.rank, "adapter"),
@@ -199,6 +257,7 @@ class RunFile(Section):
                         ("clouds", index, key), f"must be at most {whole}, [{section}] {key}"
                     )
         privacy = self.privacy
+        check_plan(self.plan, self.evaluation.target_loss, privacy.unit != "none")
         check_secure(self.secure, len(names), privacy.unit, privacy.noise_multiplier)
         return self
 
@@ -210,13 +269,11 @@ class RunFile(Section):
                 ("aggregation", "weights"), 'needs a weight in some [[clouds]]; or use "uniform"'
             )
         for index, cloud in enumerate(self.clouds):
+            check_way(("clouds", index), "partition", cloud.partition, cloud)
+            alone = (cloud.clients == 1, "goes with clients above 1")
             idle = {
                 "weight": (not public, 'goes with [aggregation] weights = "public"'),
-                "partition": (cloud.clients == 1, "goes with clients above 1"),
-                "concentration": (
-                    cloud.clients == 1 or cloud.partition != "dirichlet",
-                    'goes with clients above 1 and partition = "dirichlet"',
-                ),
+                **dict.fromkeys(("partition", *DividingKeys.model_fields), alone),
             }
             for key, (unread, what) in idle.items():
                 if unread and getattr(cloud, key) != Cloud.model_fields[key].default:

@@ -94,7 +94,7 @@ class SecureSection(Section):
     sum: Literal["plain", "masked", "threshold", "bfv", "ckks"] = "plain"
     threshold: Count | None = None
     minimum_clients: Count | None = None
-    bits: Annotated[int, Field(ge=8, le=24)] | None = None
+    bits: Annotated[int, Field(ge=4, le=24)] | None = None
     update_bound: Positive = 1.0
     selective: SelectiveSection | None = None
 

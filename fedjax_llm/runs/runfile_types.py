@@ -28,14 +28,18 @@ class Section(BaseModel):
 
 
 class MappingSection(Section):
-    """Column names (or `"{column} text"` templates) from a cloud's schema to the record."""
+    """Column names (or `"{column} text"` templates) from a cloud's schema to the record.
 
-    prompt: str = Field(min_length=1)
+    Without `prompt`, rows are plain text to be learnt as it is.
+    """
+
+    prompt: Text | None = None
     answer: str = Field(min_length=1)
     context: str | None = None
     label: str | None = None
     group: str | None = None
     user: str | None = None
+    source: str | None = None
     labels: dict[str, str] | None = None
 
 

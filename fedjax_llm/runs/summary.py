@@ -8,6 +8,7 @@ from typing import Any
 
 from fedjax_llm.errors import UserError
 from fedjax_llm.runs.metrics import SECURE_STAGES, STAGES, RoundRecord, strict
+from fedjax_llm.runs.virtual import Virtual
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class Summary:
       encrypted_fraction: how much of them leaves a cloud encrypted or masked, 0 to 1.
       secure_share: seconds of encryption, addition and decryption over those of all rounds,
         evaluation and checkpoints included; None before the first.
+      virtual: money, goodput and bytes in virtual time; None for a run that has not ended.
       versions: package versions.
       machine: what it ran on.
     """
@@ -84,6 +86,7 @@ class Summary:
     parameters_trained: int | None = None
     encrypted_fraction: float | None = None
     secure_share: float | None = None
+    virtual: Virtual | None = None
     versions: dict[str, str] = field(default_factory=dict)
     machine: dict[str, Any] = field(default_factory=dict)
 
@@ -118,6 +121,7 @@ def summarise(
     sample: Sample | None = None,
     parameters_trained: int | None = None,
     encrypted_fraction: float | None = None,
+    virtual: Virtual | None = None,
     versions: Mapping[str, str] | None = None,
     machine: Mapping[str, Any] | None = None,
 ) -> Summary:
@@ -132,6 +136,7 @@ def summarise(
       sample: a prompt and its answers before and after.
       parameters_trained: how many numbers a cloud uploads.
       encrypted_fraction: how much of them leaves a cloud encrypted or masked.
+      virtual: money, goodput and bytes in virtual time.
       versions: package versions.
       machine: what it ran on.
     """
@@ -157,6 +162,7 @@ def summarise(
         parameters_trained=parameters_trained,
         encrypted_fraction=encrypted_fraction,
         secure_share=_secure_share(records),
+        virtual=virtual,
         versions=dict(versions or {}),
         machine=dict(machine or {}),
     )
@@ -178,6 +184,8 @@ def read(path: Path) -> Summary | None:
         }
         if content["sample"] is not None:
             content["sample"] = Sample(**content["sample"])
+        if content.get("virtual") is not None:
+            content["virtual"] = Virtual.from_json(content["virtual"])
         return Summary(**content)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(

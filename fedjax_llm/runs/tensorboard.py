@@ -2,8 +2,10 @@
 
 metrics.jsonl is the truth and the event files are a copy: opening the folder writes them anew from
 the rounds that are recorded, so that a resumed run neither repeats a step nor keeps a torn file.
+What was not measured is no point of a curve: values that are not finite stay out.
 """
 
+import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -64,6 +66,6 @@ def _scalars(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
         if key == "clouds":
             for name, cloud in value.items():
                 yield from _scalars(cloud, f"{name}/")
-        elif isinstance(value, int | float) and key != "round":
+        elif isinstance(value, int | float) and math.isfinite(value) and key != "round":
             group = "seconds/" if key.startswith("seconds_") else "run/"
             yield f"{prefix or group}{key}", float(value)

@@ -1,5 +1,7 @@
 """Numbers as people read them, the same in the terminal and in the report."""
 
+import math
+
 
 def bytes_text(count: float) -> str:
     """Decimal units, three significant digits.
@@ -27,6 +29,19 @@ def seconds_text(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest} s"
     return f"{minutes // 60} h {minutes % 60} min"
+
+
+def dollars_text(dollars: float) -> str:
+    """Three significant digits below 100 dollars, no cents above.
+
+    >>> dollars_text(0.01234), dollars_text(1234.5), dollars_text(0), dollars_text(3.2e-5)
+    ('$0.0123', '$1,234', '$0', '$0.000032')
+    """
+    if dollars >= 100 or not dollars:
+        return f"${dollars:,.0f}"
+    digits = max(2, 2 - math.floor(math.log10(dollars)))
+    text = f"{dollars:.{digits}f}"
+    return "$" + (text.rstrip("0") if dollars < 0.01 else text)
 
 
 def loss_text(loss: float | None) -> str:

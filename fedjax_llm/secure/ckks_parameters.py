@@ -99,6 +99,14 @@ class CkksParameters:
         return -(-count // self.per_ciphertext)
 
     @property
+    def ciphertext_bytes(self) -> int:
+        """Of one ciphertext on the wire: two ring elements, every residue in its prime's bits.
+
+        The first prime lies below 2^60, the other, OpenFHE's choice for this ring, above 2^50.
+        """
+        return 2 * (LOG_Q + 1) * RING_DIMENSION // 8
+
+    @property
     def flooding_shifts(self) -> tuple[int, ...]:
         """Every draw of flooding weighs 2^shift times the one before; as many more draws."""
         wanted = self.flooding_bits - BASE_FLOODING_BITS

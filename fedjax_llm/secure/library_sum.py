@@ -19,7 +19,7 @@ from fedjax_llm.secure.library_message import LibraryClient
 from fedjax_llm.secure.library_round import LibraryRound
 from fedjax_llm.secure.parameters import Parameters, choose
 from fedjax_llm.secure.scheme import Scheme
-from fedjax_llm.secure.sums import RoundNumbers, checked_plan
+from fedjax_llm.secure.sums import Opening, RoundNumbers, checked_plan
 from fedjax_llm.secure.wire import upload_bytes
 
 
@@ -78,6 +78,12 @@ class LibrarySum:
     def upload_bytes(self, client: str) -> int:
         """Bytes of one upload."""
         return upload_bytes(client, self.client.payload_bytes)
+
+    @property
+    def opening(self) -> Opening:
+        """The clouds receive one half of the ciphertexts' sum and answer with as much."""
+        half = sum(self.client.payload_bytes) // 2
+        return Opening(self.holders.threshold, half, half)
 
     def begin(self, round_number: int) -> LibraryRound:
         """The server's side of this round."""

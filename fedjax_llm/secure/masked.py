@@ -42,11 +42,11 @@ from typing import Any
 from fedjax_llm.errors import Refused
 from fedjax_llm.secure.channels import Channels, SimulatedChannels, new_run
 from fedjax_llm.secure.identity import Identity, Roster
-from fedjax_llm.secure.masked_layout import Layout
+from fedjax_llm.secure.masked_layout import Layout, opening_bytes
 from fedjax_llm.secure.masked_messages import Group
 from fedjax_llm.secure.masked_parties import OpenRounds
 from fedjax_llm.secure.masked_uploads import MaskedRound
-from fedjax_llm.secure.sums import checked_ints, checked_plan
+from fedjax_llm.secure.sums import Opening, checked_ints, checked_plan
 from fedjax_llm.secure.wire import Header, UploadWriter, parameters_digest, upload_bytes
 
 
@@ -153,6 +153,11 @@ class MaskedSum:
     def upload_bytes(self, client: str) -> int:
         """Exact length of all chunks of one upload of this client."""
         return upload_bytes(client, self.layout.payload_bytes)
+
+    @property
+    def opening(self) -> Opening:
+        """The clients show shares of each other's seeds."""
+        return Opening(self.group.threshold, *opening_bytes(len(self.group.clients)))
 
     def begin(self, round_number: int) -> "MaskedRound":
         """The server's side of a round; see ``SecureSum.begin``."""

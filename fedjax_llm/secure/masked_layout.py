@@ -107,6 +107,15 @@ class Layout:
         return values
 
 
+def opening_bytes(clients: int) -> tuple[int, int]:
+    """About what a client receives and sends around an upload, in all steps of a round: keys, deals
+    and shares, with names and signatures. For plans; a round counts what it sends.
+
+    Measured for groups of 2 to 16 clients with short names, from which it is off by 1 percent.
+    """
+    return 205 + 598 * clients, 458 + 257 * clients
+
+
 def pack(words: Words, bits: int) -> NDArray[np.uint8]:
     """The low ``bits`` bits of every word, plane by plane; fill is 0."""
     parts = []

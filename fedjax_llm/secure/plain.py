@@ -12,6 +12,7 @@ from fedjax_llm.secure.intake import Intake
 from fedjax_llm.secure.sums import (
     BadMessage,
     Costs,
+    Opening,
     RoundNumbers,
     checked_clients,
     checked_ints,
@@ -87,6 +88,11 @@ class PlainSum:
     def upload_bytes(self, client: str) -> int:
         """Bytes of one upload."""
         return upload_bytes(client, self.payload_bytes)
+
+    @property
+    def opening(self) -> Opening:
+        """Nobody has to help."""
+        return Opening()
 
     def begin(self, round_number: int) -> "PlainRound":
         """The server's side of this round."""

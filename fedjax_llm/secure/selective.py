@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from fedjax_llm.errors import Refused, UserError
 from fedjax_llm.secure.channels import Channels
 from fedjax_llm.secure.plain import PlainSum
-from fedjax_llm.secure.sums import Costs, RoundSum, SecureSum, checked_ints, collect
+from fedjax_llm.secure.sums import Costs, Opening, RoundSum, SecureSum, checked_ints, collect
 
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
 
@@ -264,6 +264,11 @@ class SelectiveSum:
     def upload_bytes(self, client: str) -> int:
         """Exact length of one upload."""
         return self._clear.upload_bytes(client) + self._hidden.upload_bytes(client)
+
+    @property
+    def opening(self) -> Opening:
+        """Of the hidden part."""
+        return self._hidden.opening
 
     def begin(self, round_number: int) -> "SelectiveRound":
         """The server's side of this round."""

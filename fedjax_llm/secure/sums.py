@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,6 +86,20 @@ class SumResult:
     bytes_up: dict[str, int] = field(default_factory=dict)
     bytes_down: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+
+
+class Opening(NamedTuple):
+    """What opening a total takes.
+
+    Attributes:
+        parties: that have to help; 0 where the server reads the total.
+        bytes_down: each receives, but for names, digests and signatures (a few hundred bytes each).
+        bytes_up: each sends, the same.
+    """
+
+    parties: int = 0
+    bytes_down: int = 0
+    bytes_up: int = 0
 
 
 class RoundSum(Protocol):
@@ -179,6 +193,10 @@ class SecureSum(Protocol):
 
     def upload_bytes(self, client: str) -> int:
         """Exact length of all chunks of one upload of this client."""
+
+    @property
+    def opening(self) -> Opening:
+        """What opening one total takes of those who help; for plans, the ledger counts it."""
 
     def begin(self, round_number: int) -> RoundSum:
         """The server's side of this round.

@@ -14,7 +14,7 @@ from fedjax_llm.secure.keyholders import KeyHolders
 from fedjax_llm.secure.ring_message import KIND, RingClient, RingLayout
 from fedjax_llm.secure.ring_round import RingRound
 from fedjax_llm.secure.ring_table import choose
-from fedjax_llm.secure.sums import RoundNumbers, checked_ints, checked_plan
+from fedjax_llm.secure.sums import Opening, RoundNumbers, checked_ints, checked_plan
 from fedjax_llm.secure.wire import upload_bytes
 
 
@@ -99,6 +99,12 @@ class ThresholdSum:
     def upload_bytes(self, client: str) -> int:
         """Exact length of all chunks of one upload."""
         return upload_bytes(client, self.client.payload_bytes)
+
+    @property
+    def opening(self) -> Opening:
+        """The clouds receive one half of the key ciphertexts' sum and answer with as much."""
+        half = self._key_layer.payload_bytes // 2
+        return Opening(self.holders.threshold, half, half)
 
     def begin(self, round_number: int) -> RingRound:
         """The server's side of this round."""

@@ -9,15 +9,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedjax_llm.data import Record, by_label, dirichlet, group_key, iid, partition, select
-from fedjax_llm.data.partition import How
+from fedjax_llm.data import (
+    ByKey,
+    Dirichlet,
+    Iid,
+    Record,
+    Way,
+    by_label,
+    dirichlet,
+    group_key,
+    iid,
+    partition,
+    select,
+)
 from fedjax_llm.errors import UserError
 from fedjax_llm.models.batch import Batch
 
 KEYS = st.lists(st.text("abcde", min_size=1, max_size=2), min_size=1, max_size=40)
 SEEDS = st.integers()
 Divide = Callable[[Sequence[str], int, int], list[np.ndarray]]
-WAYS: tuple[How, ...] = ("iid", "dirichlet", "label")
+WAYS: tuple[Way, ...] = (Iid(), Dirichlet(concentration=0.3), ByKey(key="label"))
 # Pairs of label and group; a group may have several labels.
 PAIRS = st.lists(
     st.tuples(st.sampled_from("xyz"), st.integers(0, 15).map(str)), min_size=1, max_size=50
@@ -222,35 +233,24 @@ def records(count: int = 60) -> list[Record]:
 def test_partition_takes_groups_and_labels_from_the_records() -> None:
     rows = records()
     keys, labels = [group_key(row) for row in rows], [row.label for row in rows]
-    expected: dict[How, list[np.ndarray]] = {
-        "iid": iid(keys, 3, 5),
-        "dirichlet": dirichlet(labels, keys, 3, 0.3, 5),
-        "label": by_label(labels, 3, 5),
-    }
-    for how, parts in expected.items():
-        found = partition(rows, 3, how, 0.3, 5)
+    expected = [
+        iid(keys, 3, 5),
+        dirichlet(labels, keys, 3, 0.3, 5),
+        by_label(labels, 3, 5),
+    ]
+    for way, parts in zip(WAYS, expected, strict=True):
+        found = partition(rows, 3, way, 5)
         assert_divides(found, 60, 3)
         assert all(np.array_equal(a, b) for a, b in zip(found, parts, strict=True))
-    for how in WAYS[:2]:
-        held = owners(partition(rows, 3, how, 0.3, 5), keys)
+        held = owners(found, keys)
         assert len(held) == 30 and all(len(clients) == 1 for clients in held.values())
-    assert all(len(clients) == 1 for clients in owners(expected["label"], labels).values())
+    assert all(len(clients) == 1 for clients in owners(expected[2], labels).values())
 
 
-@pytest.mark.parametrize("how", ["dirichlet", "label"])
-def test_records_without_labels_are_refused_where_labels_are_needed(how: How) -> None:
-    rows = [Record(f"question {row}", "answer") for row in range(10)]
-    with pytest.raises(UserError, match=f"'{how}': none of the 10 records has a label; set label"):
-        partition(rows, 2, how, 1.0, 0)
-    assert_divides(partition(rows, 2, "iid", 1.0, 0), 10, 2)
-
-
-def test_unknown_way_and_no_records_are_refused() -> None:
-    with pytest.raises(UserError, match="one of iid, dirichlet, label, got 'shards'"):
-        partition(records(), 2, "shards", 1.0, 0)  # type: ignore[arg-type]
-    for how in WAYS:
-        with pytest.raises(UserError, match="no record to divide"):
-            partition([], 2, how, 1.0, 0)
+@pytest.mark.parametrize("way", WAYS)
+def test_no_records_are_refused(way: Way) -> None:
+    with pytest.raises(UserError, match="no record to divide"):
+        partition([], 2, way, 0)
 
 
 def test_too_few_keys_for_the_clients_are_refused() -> None:

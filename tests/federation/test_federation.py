@@ -305,7 +305,7 @@ def test_weights_scale_contributions(federate: Build) -> None:
 def test_no_transfer_to_the_host_inside_the_program_of_a_round(federate: Build) -> None:
     federation = federate("example")
     state = federation.init()
-    clients = federation.roster.inputs(state.clients, np.ones(3, bool))
+    clients = federation.roster.inputs(state.clients, 1, np.ones(3, bool))
     server = federation.layout.replicate(state.globals)
     scalars = (federation._seed, np.int32(1), np.float32(3))
     seed, number, divisor = federation.layout.replicate(scalars)
@@ -319,7 +319,7 @@ def test_no_transfer_to_the_host_inside_the_program_of_a_round(federate: Build) 
 def test_the_base_model_is_an_argument_and_not_a_constant(federate: Build) -> None:
     federation = federate()
     state = federation.init()
-    clients = federation.roster.inputs(state.clients, np.ones(3, bool))
+    clients = federation.roster.inputs(state.clients, 1, np.ones(3, bool))
     program = federation._programs[0].train_and_send
     text = program.lower(
         federation._base, state.globals, clients, federation._seed, np.int32(1)
