@@ -103,9 +103,7 @@ def failures() -> list[Row]:
         for seed in range(SEEDS):
             mtbf_s = 60 * minutes * (1 - FAILING) / FAILING
             clouds = sites(CLOUDS, STEP_SECONDS, seed, 5.0, mtbf_s)
-            presences = [
-                Failures(mtbf_s, 60 * minutes, seed, cloud.name) for cloud in clouds
-            ]
+            presences = [Failures(mtbf_s, 60 * minutes, seed, cloud.name) for cloud in clouds]
             timeline = schedule.simulate(clouds, SERVER_STEPS, Opening(HOLDERS, ANSWER))
             found.append(goodput(timeline, presences).of_run)
         what = f"goodput, repair {minutes:g} min, {name}"

@@ -43,7 +43,7 @@ class Case:
 
 def _case(name: str, minimise: str, target: float, *more: str) -> Case:
     own = (f"plan.minimise={minimise}", f"plan.target_loss={target}")
-    return Case(name, (*own, "plan.max_pilot_rounds=16", *more))
+    return Case(name, (*own, "plan.pilots=4", "plan.max_pilot_rounds=16", *more))
 
 
 CASES = (

@@ -370,9 +370,10 @@ def main() -> None:
                     flush=True,
                 )
     seconds = time.perf_counter() - started
-    print(f"{seconds:,.0f} s")
+    busy = time.process_time()
+    print(f"{seconds:,.0f} s, of which processors were busy {busy:,.0f} s")
     if given.json:
-        content = {"seconds": seconds, "detection": detection, "runs": found}
+        content = {"seconds": seconds, "seconds_busy": busy, "detection": detection, "runs": found}
         given.json.write_text(json.dumps(content, indent=1) + "\n")
 
 

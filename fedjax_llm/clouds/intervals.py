@@ -17,9 +17,11 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
+import numpy as np
+
 from fedjax_llm.clouds.site import Presence
 from fedjax_llm.clouds.timeline import Timeline
-from fedjax_llm.clouds.transfers import Bools, Transfers, lost_cycles, transfers
+from fedjax_llm.clouds.transfers import Transfers, lost_cycles, transfers
 
 
 class Activity(enum.StrEnum):
@@ -60,17 +62,13 @@ def lanes(
         clouds: places of those that are wanted, in order; all if None.
     """
     moved = transfers(timeline, presences).by_cloud(len(timeline.names))
-    lost_M = lost_cycles(timeline)
-    by_cloud: dict[int, list[int]] = {}
-    for place, cloud in enumerate(timeline.table_M["cloud"].tolist()):
-        by_cloud.setdefault(cloud, []).append(place)
+    trained_C = _training(timeline)
     found = []
     for cloud in range(len(timeline.names)) if clouds is None else clouds:
         down = [Interval(*own, Activity.DOWN) for own in _down(presences[cloud], timeline.seconds)]
-        trained = _training(timeline, by_cloud.get(cloud, []), lost_M)
         found.append(
             Lanes(
-                _painted([*down, *trained], timeline.seconds),
+                _painted([*down, *trained_C[cloud]], timeline.seconds),
                 _painted([*down, *_network(moved[cloud])], timeline.seconds),
             )
         )
@@ -122,12 +120,15 @@ def _down(presence: Presence | None, until: float) -> Iterator[tuple[float, floa
         start = presence.next_failure(end) if end < until else math.inf
 
 
-def _training(timeline: Timeline, places: Sequence[int], lost_M: Bools) -> Iterator[Interval]:
-    for place in places:
-        cycle = timeline.cycle(place)
-        end = cycle.ended if math.isnan(cycle.trained) else cycle.trained
-        if not math.isnan(cycle.received):
-            yield Interval(cycle.received, end, Activity.LOST if lost_M[place] else Activity.TRAINS)
+def _training(timeline: Timeline) -> list[list[Interval]]:
+    """From the reception to the end of each cycle's local steps, by cloud."""
+    table_M, found = timeline.table_M, [list[Interval]() for _ in timeline.names]
+    end_M = np.where(np.isnan(table_M["trained"]), table_M["ended"], table_M["trained"])
+    columns_M = (table_M["cloud"], table_M["received"], end_M, lost_cycles(timeline))
+    for cloud, start, end, lost in zip(*(c.tolist() for c in columns_M), strict=True):
+        if not math.isnan(start):
+            found[cloud].append(Interval(start, end, Activity.LOST if lost else Activity.TRAINS))
+    return found
 
 
 def _network(own: Transfers) -> Iterator[Interval]:
@@ -139,7 +140,8 @@ def _network(own: Transfers) -> Iterator[Interval]:
         yield Interval(start, end, activity)
 
 
-_ORDER = {activity: place for place, activity in enumerate(Activity)}
+_ACTIVITIES = tuple(Activity)
+_PLACES = {activity: place for place, activity in enumerate(_ACTIVITIES)}
 
 
 def _painted(spans: Sequence[Interval], until: float) -> tuple[Interval, ...]:
@@ -147,21 +149,22 @@ def _painted(spans: Sequence[Interval], until: float) -> tuple[Interval, ...]:
     changes = []
     for start, end, activity in spans:
         if start < min(end, until):
-            changes += [(start, 1, activity), (min(end, until), -1, activity)]
-    changes.sort(key=lambda change: change[0])
-    times = [0.0, *(time for time, _, _ in changes), until]
-    active = dict.fromkeys(Activity, 0)
-    active[Activity.WAITS] = 1
+            place = _PLACES[activity]
+            changes += [(start, 1, place), (min(end, until), -1, place)]
+    # Waiting lasts from the beginning to the end, at which nothing changes.
+    changes = [(0.0, 1, _PLACES[Activity.WAITS]), *sorted(changes), (until, 0, 0)]
+    active = [0] * len(_ACTIVITIES)
     found: list[Interval] = []
-    for place, (start, end) in enumerate(pairwise(times)):
-        if place:
-            _, change, activity = changes[place - 1]
-            active[activity] += change
+    since, shown = 0.0, -1  # what is shown now, and since when
+    for (start, change, place), (end, _, _) in pairwise(changes):
+        active[place] += change
         if start == end:
             continue
-        shown = min((own for own, count in active.items() if count), key=_ORDER.__getitem__)
-        if found and found[-1].activity is shown:
-            found[-1] = Interval(found[-1].start, end, shown)
-        else:
-            found.append(Interval(start, end, shown))
+        first = next(own for own, count in enumerate(active) if count)
+        if first != shown:
+            if shown >= 0:
+                found.append(Interval(since, start, _ACTIVITIES[shown]))
+            since, shown = start, first
+    if shown >= 0:
+        found.append(Interval(since, until, _ACTIVITIES[shown]))
     return tuple(found)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from fedjax_llm.clouds.cloud import Cloud
 from fedjax_llm.clouds.prices import Egress, Prices
-from fedjax_llm.clouds.timeline import Timeline
+from fedjax_llm.clouds.timeline import Status, Timeline
 from fedjax_llm.clouds.transfers import Transfers, lost_cycles, transfers
 
 Floats = NDArray[np.float64]
@@ -155,7 +155,9 @@ def _lost(
     """Rent of the cycles that came to nothing, and egress at each cloud's mean price."""
     count = len(clouds)
     rows = timeline.table_M[lost_cycles(timeline)]
-    seconds_C = np.bincount(rows["cloud"], rows["ended"] - rows["start"], count)
+    # A cloud begins its next cycle while the message of one that it trained through is on its way.
+    until = np.where(rows["status"] == Status.LOCAL, rows["trained"], rows["ended"])
+    seconds_C = np.bincount(rows["cloud"], until - rows["start"], count)
     sent_C = np.bincount(moved.cloud_N, size_T * (moved.up_N & moved.lost_N), count)
     per_byte_C = egress_NxC.sum(axis=0) / np.maximum(up_NxC.sum(axis=0), 1.0)
     rent_C = np.array([_per_second(cloud.prices) for cloud in clouds])

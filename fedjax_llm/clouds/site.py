@@ -131,13 +131,12 @@ class Site:
         return self._up(start, self._sizes[(step - 1) % len(self._sizes)].up, self._sent)
 
     def answer(self, start: float, size: Size) -> float:
-        """When its part in opening a sum is at the server; infinite while it is down."""
-        if self.next_up(start) > start:
-            return math.inf
+        """When its part in opening a sum is at the server; infinite if it is down before that."""
         self._received += 1
         self._sent += 1
         asked = self._down(start, size.down, self._received)
-        return self._up(asked, size.up, self._sent)
+        answered = self._up(asked, size.up, self._sent)
+        return answered if self.next_failure(start) > answered else math.inf
 
     def train(self, start: float, steps: int) -> float:
         """When it has taken so many local steps."""

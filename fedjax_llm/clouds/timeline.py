@@ -114,8 +114,8 @@ class Answer(NamedTuple):
 _TYPES = {int: "i8", bool: "i8", Status: "i8", float: "f8"}
 _KINDS = [(name, _TYPES[kind]) for name, kind in get_type_hints(Cycle).items()]
 _WIDTH = len(_KINDS)
-_ARRIVED, _ENDED, _STATUS, _LANDS = (
-    Cycle._fields.index(name) for name in ("arrived", "ended", "status", "lands")
+_TRAINED, _ARRIVED, _ENDED, _STATUS, _LANDS = (
+    Cycle._fields.index(name) for name in ("trained", "arrived", "ended", "status", "lands")
 )
 
 
@@ -144,6 +144,12 @@ class Log:
         first = place * _WIDTH
         self._flat[first + _STATUS] = Status.RUNNING
         self._flat[first + _ARRIVED] = self._flat[first + _ENDED] = arrived
+
+    def kept(self, place: int) -> None:
+        """Says that a message came for nothing: its cloud trains on with what was in it."""
+        first = place * _WIDTH
+        self._flat[first + _STATUS] = Status.LOCAL
+        self._flat[first + _ENDED] = self._flat[first + _TRAINED]
 
     def landed(self, place: int, step: int) -> None:
         """Says which step took a cycle."""

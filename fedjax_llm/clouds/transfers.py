@@ -78,11 +78,11 @@ def lost_cycles(timeline: Timeline) -> Bools:
     """Which cycles came to nothing, [M].
 
     Those that FAILED or were LATE, and LOCAL ones of which the cloud had not sent the result when
-    it went down. What is under way at the end of the run is not lost.
+    it went down. What is under way at the end of the run is not lost, whatever becomes of it.
     """
     table_M = timeline.table_M
     status_M, cloud_M = table_M["status"], table_M["cloud"]
-    failed_M = status_M == Status.FAILED
+    failed_M = (status_M == Status.FAILED) & (table_M["ended"] <= timeline.seconds)
     local_M = status_M == Status.LOCAL
     local_M[timeline.counted] = False
     last_C = np.full(len(timeline.names), -1)
@@ -106,7 +106,9 @@ def _of_cycles(timeline: Timeline) -> Iterable[Transfers]:
     # A cycle that does not begin with a transfer begins to train at once.
     receives_M = fresh_M & (received_M != table_M["start"])
     yield _cycles(timeline, receives_M, False, table_M["start"], received_M, down_M, lost_M)
-    sends_M = ~np.isnan(trained_M) & (table_M["status"] != Status.LOCAL)
+    # A LOCAL cycle has sent if its message came for nothing.
+    stays_M = (table_M["status"] == Status.LOCAL) & np.isnan(arrived_M)
+    sends_M = ~np.isnan(trained_M) & ~stays_M
     start_M = np.minimum(np.fmax(trained_M, _free(cloud_M, arrived_M)), ended_M)
     yield _cycles(timeline, sends_M, True, start_M, arrived_M, up_M, lost_M)
 

@@ -13,7 +13,7 @@ from fedjax_llm.data.harmonise.ledger import Ledger, Step
 from fedjax_llm.data.harmonise.pipeline import (
     Harmonise,
     harmonise_rows,
-    harmonise_training,
+    harmonise_sides,
     limit_step,
     mapping_step,
 )
@@ -247,7 +247,7 @@ def load_corpus(
         train_records, evaluation_records = _split(read, spec)
         ledger = read.ledger
         if spec.harmonise is not None and ledger is not None:
-            train_records, steps = harmonise_training(
+            train_records, evaluation_records, steps = harmonise_sides(
                 train_records, evaluation_records, spec.harmonise, spec.seed
             )
             ledger += steps

@@ -15,7 +15,12 @@ from fedjax_llm.clouds.schedules import Decoupled, Schedule, Streaming, Synchron
 from fedjax_llm.errors import UserError
 from fedjax_llm.federation.compressor import Compression, Compressor
 from fedjax_llm.federation.layout import CohortLayout
-from fedjax_llm.federation.link_promises import Promise, check_compression, check_schedule
+from fedjax_llm.federation.link_promises import (
+    Promise,
+    check_compression,
+    check_schedule,
+    in_fragments,
+)
 from fedjax_llm.federation.message import MessageCodec, Upload, WeightCodec, fitting_bits
 from fedjax_llm.federation.objective import row_loss
 from fedjax_llm.federation.promises import (
@@ -60,6 +65,11 @@ class Settings:
     measure_error: bool = True
     dtype: jax.typing.DTypeLike = jnp.float32
     remat: bool = False
+
+    @property
+    def shortened(self) -> Compression | None:
+        """How messages are shortened, fragments of the schedule included."""
+        return in_fragments(self.compression, self.schedule)
 
     @property
     def robust(self) -> Any:
@@ -173,9 +183,9 @@ def _check(settings: Settings, roster: Roster) -> None:
         attacked=settings.attackers is not None,
         offline=any(participant.offline_rounds for participant in roster.participants),
     )
-    if settings.compression is not None:
+    if settings.shortened is not None:
         check_compression(
-            settings.compression,
+            settings.shortened,
             promise,
             rule=rule,
             combined=settings.combine is not None,
@@ -197,14 +207,13 @@ def _recipe(
     if adaptive is not None:
         # Messages are divided by the clip norm of their round.
         noise_stddev /= plan.clip_norm
-    compression, replicas = settings.compression, None
+    replicas = compressor = None
     if isinstance(schedule, Streaming | Decoupled):
         replicas = Replicas(schedule.mixing, schedule.fragments)
-        if schedule.fragments > 1:
-            compression = (compression or Compression()).in_turns(schedule.fragments)
-    compressor = None
-    if compression is not None:
-        compressor = Compressor(compression, Upload(rule.messages(server, 0)[0][0]))
+    if settings.shortened is not None:
+        like = Upload(rule.messages(server, 0)[0][0])
+        kept = replicas.mixing if replicas else None
+        compressor = Compressor(settings.shortened, like, kept)
         if not schedule.timely:
             compressor.check_ahead(schedule.name)
     dtype, remat = settings.dtype, settings.remat
@@ -279,6 +288,8 @@ def _codecs(
     # With an adaptive clip norm messages are in its unit.
     max_norm = 1.0 if counts else settings.max_norm
     if compressor is not None:
+        # `check_compression` refuses it: compressed messages carry none.
+        assert noise is None
         return tuple(
             MessageCodec.for_tree(
                 tree,

@@ -67,10 +67,13 @@ class Compressor:
     Attributes:
         compression: the settings.
         like: shapes of an upload.
+        kept: what a client's replica keeps of itself where a fragment comes back; None without
+            replicas.
     """
 
     compression: Compression
     like: PyTree
+    kept: float | None = None
 
     @property
     def fragments(self) -> int:
@@ -171,6 +174,9 @@ class Compressor:
     ) -> PyTree:
         """The client's memory after its message.
 
+        A replica is a memory too: it keeps the layers whose turn it is not, and a part `kept` of
+        those that come back. So only the rest goes into the memory, lest it be said twice.
+
         Args:
             state: public.
             seed: the run's key.
@@ -183,10 +189,18 @@ class Compressor:
         """
         if not self.compression.error_feedback:
             return ()
-        return feedback.remember(
+        after = feedback.remember(
             self.compression.codec, self._state(state, lands), self._key(seed, lands), memory,
             self._corrected(memory, message), shared, sent, took_part,
         )  # fmt: skip
+        if self.kept is None:
+            return after
+        rest = jnp.float32(1 - self.kept)
+
+        def without_replica(new: jax.Array, old: jax.Array) -> jax.Array:
+            return jnp.where(self._here(new, lands) & took_part, rest * new, old)
+
+        return jax.tree.map(without_replica, after, memory)
 
     def between(
         self, state: PyTree, seed: jax.Array | Seeds, number: jax.Array, mean: PyTree
@@ -208,6 +222,12 @@ class Compressor:
         own = self._state(state, number)
         decoded = codec.decode(self.like, own, key, mean, shared)
         return decoded, codec.advance(self.like, own, key, mean, shared)
+
+    def _here(self, leaf: jax.Array, lands: jax.Array) -> jax.Array:
+        """Which numbers of an array [L, ...] belong to the layers whose turn a step is."""
+        fragment_L = jnp.array(fragment_of_layer(leaf.shape[0], self.fragments), jnp.int32)
+        own_L = (fragment_L == self.turn(lands)).reshape(-1, *(1,) * (leaf.ndim - 1))
+        return jnp.broadcast_to(own_L, leaf.shape)
 
     def _corrected(self, memory: PyTree, message: PyTree) -> PyTree:
         return feedback.corrected(memory, message) if self.compression.error_feedback else message
@@ -239,12 +259,9 @@ class Compressor:
         """
         if self.fragments == 1:
             return after
-        turn = self.turn(number)
 
         def here(leaf: jax.Array) -> jax.Array:
-            fragment_L = jnp.array(fragment_of_layer(leaf.shape[0], self.fragments), jnp.int32)
-            own_L = (fragment_L == turn).reshape(-1, *(1,) * (leaf.ndim - 1))
-            return jnp.broadcast_to(own_L, leaf.shape)
+            return self._here(leaf, number)
 
         here_P = ravel_pytree(jax.tree.map(here, sent))[0]
 

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from fedjax_llm.aggregation import AggregationRule
-from fedjax_llm.clouds.schedules import Deadline, Decoupled, FedBuff, Schedule
+from fedjax_llm.clouds.schedules import Deadline, Decoupled, FedBuff, Schedule, Streaming
 from fedjax_llm.errors import Refused, UserError
 from fedjax_llm.federation.calendar import Calendar
 from fedjax_llm.federation.compressor import Compression
@@ -167,6 +167,13 @@ def check_cycles(plan: PrivacyPlan, calendar: Calendar, steps: int) -> None:
         raise MoreCycles(most, steps, calendar.schedule.name, plan.rounds)
 
 
+def in_fragments(compression: Compression | None, schedule: Schedule) -> Compression | None:
+    """The compression of a run whose schedule may let the layers travel in parts."""
+    if isinstance(schedule, Streaming | Decoupled) and schedule.fragments > 1:
+        return (compression or Compression()).in_turns(schedule.fragments)
+    return compression
+
+
 def fewest_of(schedule: Schedule, clouds: int) -> int:
     """The fewest messages that a schedule makes a step of.
 
@@ -197,6 +204,7 @@ def check_compression(
     | error feedback with an adaptive clip norm | UserError |
     | codec of two sums with unit `client`, whose plan counts one | Refused |
     | integer noise, which is calibrated to whole messages | Refused |
+    | correlated noise of the server, unless every number means the same in every round | Refused |
     | the opened sum sent back, before the server has added its noise | Refused |
 
     Args:
@@ -238,6 +246,11 @@ def check_compression(
         raise Refused(
             f"integer noise is calibrated to messages that are sent whole; leave out compression "
             f"{name!r}, or use noise gaussian"
+        )
+    if promise.correlated and promise.unit == "client":
+        raise Refused(
+            "correlated noise takes off what was added to the same numbers before, and "
+            f"compression {name!r} sends others; leave it out, or use noise gaussian"
         )
     if compression.broadcast == "sum" and promise.central:
         raise Refused(

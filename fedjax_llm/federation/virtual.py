@@ -112,11 +112,12 @@ class Almanac:
         return made
 
     def _present(self, number: int) -> list[bool]:
-        """The clouds with a client that takes part in a round, or has to seem to."""
-        here_K = self._roster.reachable(number)
-        if self._hidden is None:
-            here_K = here_K & self._roster.selected(number)
-        names = self._roster.clouds_online(here_K)
+        """The clouds that can be reached in a round.
+
+        Those that were not sampled seem to take part: neither who lands nor what a sum is divided
+        by may follow from a sample that the guarantee of unit `client` keeps secret.
+        """
+        names = self._roster.clouds_online(self._roster.reachable(number))
         return [name in names for name in self._roster.names]
 
     def _sites(self) -> list[Site]:
@@ -144,7 +145,7 @@ class Almanac:
                     compute.seconds(tokens) / max(steps),
                     max(steps),
                     sizes,
-                    None,
+                    self._sizes.whole(place),
                     own.presence,
                 )
             )

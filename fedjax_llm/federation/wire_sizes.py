@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 
 from fedjax_llm.aggregation import AggregationRule, ServerState
+from fedjax_llm.compression import Fragment, count
 from fedjax_llm.federation.compressor import Compressor
 from fedjax_llm.federation.message import MessageCodec, WeightCodec
 
@@ -24,7 +25,8 @@ class Packed(NamedTuple):
 
     Attributes:
         up: of one message, all stages, each number in its own bits.
-        down: of the opened sum in its bits; None where the adapter is sent back.
+        down: of the opened sum in its bits, or of the layers whose turn it is; None where the
+            whole adapter is sent back.
     """
 
     up: int
@@ -42,8 +44,12 @@ def packed_sizes(compressor: Compressor, codecs: Sequence[MessageCodec], clients
     up = sum(-(-codec.size * codec.fixed_point.bits // 8) for codec in codecs)
     # From -n m to n m.
     widths = [(2 * clients * codec.fixed_point.max_int).bit_length() for codec in codecs]
-    down = sum(-(-codec.size * bits // 8) for codec, bits in zip(codecs, widths, strict=True))
-    return Packed(up, down if compressor.compression.broadcast == "sum" else None)
+    opened = sum(-(-codec.size * bits // 8) for codec, bits in zip(codecs, widths, strict=True))
+    if compressor.compression.broadcast == "sum":
+        return Packed(up, opened)
+    if compressor.fragments == 1:
+        return Packed(up, None)
+    return Packed(up, _BYTES * count(Fragment(compressor.fragments).shapes(compressor.like)))
 
 
 @dataclass(frozen=True)
@@ -94,6 +100,15 @@ class WireSizes:
             return 0
         if self.packed is not None and self.packed.down is not None:
             return self.packed.down
+        return self._adapter(phase, members, online)
+
+    def whole(self, cloud: int) -> int:
+        """What a cloud receives that begins afresh."""
+        online = [True] * len(self.clouds)
+        return self._adapter(0, self._members(cloud, online), online)
+
+    def _adapter(self, phase: int, members: Sequence[int], online: Sequence[bool]) -> int:
+        """The next adapter, and what the stages of a round need."""
         ranks = tuple(rank for rank, here in zip(self.ranks, online, strict=True) if here)
         # One download serves all clients of a cloud: the largest holds the others.
         numbers = max(self.rule.downlink(self.server, phase, ranks, self.ranks[k]) for k in members)

@@ -1,5 +1,6 @@
 """From a run file to the objects of the federation. The only place that knows both."""
 
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -48,6 +49,7 @@ from fedjax_llm.federation.link_promises import (
     Promise,
     check_compression,
     check_schedule,
+    in_fragments,
 )
 from fedjax_llm.federation.promises import check_combination, fewest_clouds, weight_kinds
 from fedjax_llm.federation.shares import mechanism_and_bits
@@ -311,7 +313,7 @@ def _check_links(run_file: RunFile, made: AggregationRule, found: Combination | 
         attacked=attackers(run_file) is not None,
         offline=any(cloud.offline_rounds for cloud in run_file.clouds),
     )
-    shortened = compression(run_file)
+    shortened = in_fragments(compression(run_file), schedule(run_file))
     if shortened is not None:
         control = run_file.training.scaffold
         check_compression(
@@ -448,6 +450,11 @@ def participants(run_file: RunFile, base: Outline, data: Sequence[Corpus]) -> li
     ]
 
 
+def secret_noise(run_file: RunFile) -> bool:
+    """Whether noise and samples come from a secret of the operating system."""
+    return run_file.privacy.unit != "none" and run_file.privacy.generator == "system"
+
+
 def federation(
     run_file: RunFile,
     base: Model,
@@ -466,6 +473,9 @@ def federation(
         trial: messages are added on the devices whatever the sum is: to the same bytes, in the same
             virtual time, without keys.
     """
+    if trial and secret is None and secret_noise(run_file):
+        # A trial's noise is its own: that of the run must not be seen on other rounds before.
+        secret = secrets.token_bytes(32)
     try:
         return _federation(run_file, run_file, base, data, secret, trial)
     except MoreCycles as more:

@@ -70,7 +70,7 @@ def run(run_file: RunFile, folder: RunFolder, *, on_event: OnEvent = ignore) -> 
     forecast_file.record(folder, run_file)
     identity = fingerprint.of(run_file, base, corpora)
     on_event(Stage("sum" if run_file.secure.sum == "plain" else "keys"))
-    secret = folder.noise_secret() if _secret_noise(run_file) else None
+    secret = folder.noise_secret() if build.secret_noise(run_file) else None
     federation = build.federation(run_file, base, corpora, secret)
     identity |= fingerprint.of_timeline(federation.calendar)
     timeline_file.write(folder, federation.calendar, run_file.rounds)
@@ -166,7 +166,8 @@ def run(run_file: RunFile, folder: RunFolder, *, on_event: OnEvent = ignore) -> 
         machine=machine.machine(),
     )
     on_event(Stage("report"))
-    timeline_file.write(folder, federation.calendar, int(state.round))
+    if int(state.round) < run_file.rounds:
+        timeline_file.write(folder, federation.calendar, int(state.round))
     folder.write("summary.json", result.to_json())
     report.write(folder)
     return result
@@ -192,10 +193,6 @@ def _offline(run_file: RunFile, rounds: int) -> dict[str, list[int]]:
         for cloud in run_file.clouds
     }
     return {name: numbers for name, numbers in missed.items() if numbers}
-
-
-def _secret_noise(run_file: RunFile) -> bool:
-    return run_file.privacy.unit != "none" and run_file.privacy.generator == "system"
 
 
 def _attack_statement(attack: AttackSection) -> str:

@@ -15,22 +15,26 @@ from fedjax_llm.runs.folder import RunFolder
 def record(folder: RunFolder, number: int, clouds: Sequence[str]) -> None:
     """Writes down, durably, that a round is about to open sums over these clouds.
 
+    All rounds are kept: a damaged checkpoint takes a run back by more than one.
+
     Raises:
         Refused: the round began to open sums over others before, or the record is damaged.
     """
-    path = folder.opened
+    path, rounds = folder.opened, dict[str, list[str]]()
     if path.exists():
         try:
-            before = json.loads(path.read_bytes())
-            begun, others = int(before["round"]), [str(name) for name in before["clouds"]]
-        except (ValueError, KeyError, TypeError):
+            found = json.loads(path.read_bytes())
+            rounds = {str(int(n)): [str(name) for name in names] for n, names in found.items()}
+        except (ValueError, AttributeError, TypeError):
             raise Refused(
-                f"{path} is damaged: nobody can tell whose sum was opened last; start a new run"
+                f"{path} is damaged: nobody can tell whose sums were opened; start a new run"
             ) from None
-        if begun == number and sorted(others) != sorted(clouds):
-            raise Refused(
-                f"round {number} began to open the sum of {', '.join(others)} and is now asked for "
-                f"that of {', '.join(clouds)}: the two would tell a single update; bring the same "
-                "clouds online"
-            )
-    folder.write(path.name, json.dumps({"round": number, "clouds": list(clouds)}) + "\n")
+    others = rounds.get(str(number))
+    if others is not None and sorted(others) != sorted(clouds):
+        raise Refused(
+            f"round {number} began to open the sum of {', '.join(others)} and is now asked for "
+            f"that of {', '.join(clouds)}: the two would tell a single update; bring the same "
+            "clouds online"
+        )
+    rounds[str(number)] = list(clouds)
+    folder.write(path.name, json.dumps(rounds) + "\n")

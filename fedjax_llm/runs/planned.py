@@ -28,7 +28,7 @@ def privacy_plan(run_file: RunFile, *, on_event: OnEvent = ignore) -> PrivacyPla
     corpora = build.corpora(run_file, base, on_event)
     if not build.schedule(run_file).timely:
         # How often a cloud looks at its data follows from the whole timeline.
-        return build.federation(run_file, base, corpora).plan
+        return build.federation(run_file, base, corpora, trial=True).plan
     return build.plan(run_file, [rows for corpus in corpora for rows in corpus.client_rows])
 
 

@@ -247,6 +247,13 @@ class RunFile(Section):
                 "[compression] and [schedule], or audit unit example",
                 got=False,
             )
+        if self.audit is not None and self.schedule.name not in ("synchronous", "deadline"):
+            raise problem(
+                ("audit",),
+                f'counts rounds, and clouds of schedule "{self.schedule.name}" look at their data '
+                "more often; audit the run with schedule synchronous",
+                got=False,
+            )
         for index, cloud in enumerate(self.clouds):
             for key, own, whole, section in (
                 ("rank", cloud.rank, self.adapter.rank, "adapter"),

@@ -104,7 +104,7 @@ def test_decoupled_clouds_train_without_a_pause_beside_a_failed_and_a_slow_one()
         site(2, up=40.0),
         site(3, down_times=[(5.0, 30.0)]),
     ]
-    timeline = Decoupled(2, 2).simulate(clouds, 20)
+    timeline = Decoupled(2, 2).simulate(clouds, 80)
     own = [c for c in timeline.cycles if c.cloud == 0]
     assert all(a.trained == b.received for a, b in pairwise(own))
     # The slow one's message holds all that it has trained since the last.
@@ -254,3 +254,35 @@ def test_what_never_ends_or_cannot_be_is_one_clear_line(wrong, words):
 def test_every_schedule_has_a_name_and_a_source():
     assert set(SCHEDULES) == {"synchronous", "deadline", "buffered", "streaming", "decoupled"}
     assert all("arXiv" in schedule.source for schedule in SCHEDULES.values())
+
+
+@pytest.mark.parametrize("fragments", [1, 2, 3])
+@given(drawn=SITES)
+@settings(max_examples=25, deadline=None)
+def test_a_decoupled_message_says_nothing_twice(fragments: int, drawn):
+    """Its cycle began with a version that holds the cloud's last message of that fragment."""
+    timeline = Decoupled(1, fragments).simulate(made(drawn), 30)
+    last: dict[tuple[int, int], int] = {}
+    for cycle in sorted(timeline.cycles, key=lambda cycle: cycle.lands):
+        if cycle.status is Status.LANDED:
+            fragment = cycle.cloud, cycle.lands % fragments
+            assert cycle.version >= last.get(fragment, 0)
+            last[fragment] = cycle.lands
+    for before, step in pairwise(timeline.steps):
+        assert step.closed >= before.ready
+
+
+def test_a_holder_that_goes_down_before_it_has_answered_has_not_answered():
+    clouds = [site(0, down_times=[(7.2, 30.0)]), site(1, down_times=[(7.5, 20.0)])]
+    timeline = Synchronous().simulate(clouds, 1, Opening(2, Size(1, 1)))
+    # Closed at 7; both answer after 30, when the second is back.
+    assert timeline.seconds == 30.0 + 5.0
+
+
+def test_a_replica_that_is_lost_while_its_cloud_waits_is_lost():
+    clouds = [site(0, up=90.0), site(1, down_times=[(20.0, 92.5)])]
+    timeline = Streaming(1).simulate(clouds, 2)
+    second = [c for c in timeline.cycles if c.cloud == 1][1]
+    assert (second.version, second.fresh, second.lands) == (1, True, 2)
+    # The version is ready at 93; it is received anew.
+    assert second.received == 94.0

@@ -1,5 +1,7 @@
 """Which layers fragments send."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,21 +13,27 @@ from fedjax_llm.errors import UserError
 KEY = jax.random.key(0)
 
 
-@pytest.mark.parametrize(("layers", "fragments"), [(6, 3), (7, 3), (5, 4), (4, 4), (3, 1)])
+@partial(jax.jit, static_argnums=0)
+def play(codec, state, tree):
+    coded = codec.encode(state, KEY, tree)
+    decoded = codec.decode(tree, state, KEY, coded)
+    return coded, decoded, codec.advance(tree, state, KEY, coded)
+
+
+@pytest.mark.parametrize(("layers", "fragments"), [(6, 3), (7, 3), (5, 4), (3, 1)])
 def test_layers_take_turns_in_strides(layers, fragments):
     codec = Fragment(fragments)
-    tree = {"a": jnp.asarray(np.arange(1.0, layers * 6 + 1).reshape(layers, 2, 3), jnp.float32)}
-    state, total = codec.init(tree), np.zeros((layers, 2, 3))
+    x_LxDxR = np.arange(1, layers * 6 + 1, dtype=np.float32).reshape(layers, 2, 3)
+    state, total = codec.init({"a": x_LxDxR}), np.zeros((layers, 2, 3))
     for number in range(2 * fragments):
-        coded = codec.encode(state, KEY, tree)
+        coded, decoded, state = play(codec, state, {"a": x_LxDxR})
         assert coded["a"].shape == (-(-layers // fragments), 2, 3)
-        decoded = np.asarray(codec.decode(tree, state, KEY, coded)["a"])
-        sent = np.flatnonzero(decoded.any(axis=(1, 2)))
+        arrived = np.asarray(decoded["a"])
+        sent = np.flatnonzero(arrived.any(axis=(1, 2)))
         assert np.array_equal(sent, np.arange(number % fragments, layers, fragments))
-        assert np.array_equal(decoded[sent], np.asarray(tree["a"])[sent])
-        total += decoded
-        state = codec.advance(tree, state, KEY, coded)
-    assert np.array_equal(total, 2 * np.asarray(tree["a"]))
+        assert np.array_equal(arrived[sent], x_LxDxR[sent])
+        total += arrived
+    assert np.array_equal(total, 2 * x_LxDxR)
 
 
 @pytest.mark.parametrize(("shape", "most"), [((3, 2), 3), ((), 0)])

@@ -12,7 +12,8 @@ from fedjax_llm.compression.strata import drawn, put, strata, take
 from fedjax_llm.errors import UserError
 
 
-@partial(jax.jit, static_argnums=0)
+# Compiling takes most of the time of these tests, and less with less optimisation.
+@partial(jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
 def play(codec, state, key, x):
     """What is sent of a vector, how it arrives, and the next state."""
     y = codec.encode(state, key, x)
@@ -24,7 +25,7 @@ def sent_by(codec, state, key, size):
     return np.flatnonzero(play(codec, state, key, np.ones(size, np.float32))[1])
 
 
-@pytest.mark.parametrize(("size", "one_in"), [(1, 1), (1, 12), (24, 4), (40, 7)])
+@pytest.mark.parametrize(("size", "one_in"), [(1, 12), (40, 7)])
 def test_taking_is_the_transpose_of_putting(size, one_in):
     draw = np.random.default_rng(size)
     places = drawn(jax.random.key(size), size, one_in)
@@ -66,7 +67,7 @@ def test_random_masks_send_one_of_every_stratum_and_others_next_round():
 
 @pytest.mark.parametrize(
     ("size", "one_in", "explore"),
-    [(1, 1, 1.0), (1, 9, 0.5), (40, 1, 0.1), (60, 7, 0.0), (60, 7, 0.5), (60, 4, 1.0)],
+    [(1, 9, 0.5), (40, 1, 0.1), (60, 7, 0.0), (60, 7, 0.5), (60, 4, 1.0)],
 )
 def test_a_top_mask_sends_its_number_of_different_places(size, one_in, explore):
     codec = TopMask(one_in, explore)
@@ -103,7 +104,7 @@ def test_a_top_mask_sees_all_numbers_first_and_then_the_largest_most_often():
 
 def test_with_memory_turns_leave_less_behind_than_chance():
     """The reason why there are turns: the memory after 30 rounds of one message, at one in ten."""
-    x = np.random.default_rng(1).normal(size=400).astype(np.float32)
+    x = np.random.default_rng(1).normal(size=100).astype(np.float32)
     left = {}
     for codec in (TurnMask(10), RandomMask(10)):
         state, memory = codec.init(x), np.zeros_like(x)

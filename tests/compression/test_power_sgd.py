@@ -13,7 +13,8 @@ from fedjax_llm.errors import UserError
 KEY = jax.random.key(0)
 
 
-@partial(jax.jit, static_argnums=0)
+# Compiling takes most of the time of these tests, and less with less optimisation.
+@partial(jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
 def play(codec, state, messages):
     """The mean as it arrives and the next state."""
     like = messages[0]
@@ -33,7 +34,7 @@ def low_rank(seed, rank, shape=(3, 12, 9)):
     return jnp.asarray(left @ draw.normal(size=(*shape[:-2], rank, shape[-1])), jnp.float32)
 
 
-@pytest.mark.parametrize("rank", [1, 3])
+@pytest.mark.parametrize("rank", [1, 2])
 def test_a_mean_of_the_rank_that_is_sent_arrives_whole(rank):
     """At once, though the clients' own matrices have a higher rank."""
     codec, wanted = PowerSgd(rank), low_rank(1, rank)
@@ -68,7 +69,7 @@ def test_bases_are_orthonormal_whatever_the_mean():
 
 
 def test_a_round_of_zeros_does_not_forget_the_directions():
-    codec, x = PowerSgd(1), low_rank(8, 9)
+    codec, x = PowerSgd(2), low_rank(8, 9)
     _, state, _ = play(codec, codec.init(x), [x])
     _, after, _ = play(codec, state, [jnp.zeros_like(x)])
     assert np.array_equal(after[0], state[0])

@@ -19,7 +19,13 @@ from fedjax_llm.clouds.schedules import (
     Synchronous,
 )
 from fedjax_llm.errors import Refused, UserError
-from fedjax_llm.federation import Federation, FederationState, Participant, Threshold
+from fedjax_llm.federation import (
+    Compression,
+    Federation,
+    FederationState,
+    Participant,
+    Threshold,
+)
 from fedjax_llm.training import Drift, LocalTraining
 
 # Of unequal speed, so that the fast ones come round twice before the slow one is through.
@@ -260,6 +266,50 @@ def test_clients_are_private_without_a_sample(build):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(part(state)))
     with pytest.raises(Refused, match="no amplification holds"):
         build(FedBuff(2), unit="client", rate=0.5)
+
+
+def test_a_secret_sample_moves_neither_divisor_nor_who_lands(build):
+    """Plain sum, clients sampled at random, nothing learned: what is left is noise of one size."""
+    still = LocalTraining(optax.sgd(0.0), 2, 6, 4)
+    moved, sampled = [], set()
+    for seed in range(4):
+        federation = build(
+            Synchronous(), unit="client", rate=0.5, training=still, seed=seed, rounds=4
+        )
+        size = federation._programs[0].codecs[0].size
+        for state, report in federation.rounds(federation.init(), 4):
+            sampled.add(int(federation.roster.selected(report.round).sum()))
+            assert sum(cloud.lands for cloud in report.clouds.values()) == 3
+            moved.append(report.update_norm / np.sqrt(size))
+            del state
+    # A round without anybody is one of them.
+    assert {0, 1, 2} <= sampled
+    plan = federation.plan
+    expected = plan.noise_stddev / (3 * 0.5)
+    assert np.allclose(moved, expected, rtol=0.2)
+
+
+def test_fragments_are_no_way_round_integer_noise(build):
+    """Messages in fragments carry no integer noise: the plan that counts on it is refused."""
+    from fedjax_llm.federation.link_promises import Promise, check_compression, in_fragments
+
+    promise = Promise("client", False, False, False, False, True, False)
+    shortened = in_fragments(None, Streaming(3))
+    assert shortened is not None and in_fragments(None, Streaming(1)) is None
+    with pytest.raises(Refused, match="integer noise"):
+        check_compression(
+            shortened, promise, rule=FfaLora(optax.sgd(1.0)), combined=False, control=False
+        )
+
+
+def test_a_replica_and_a_memory_do_not_say_the_same_twice(build):
+    """Nothing is lost but rounding: with a memory the run is the one without."""
+    with_memory, _ = run(
+        build(Streaming(3, mixing=0.5), compression=Compression(error_feedback=True))
+    )
+    without, _ = run(build(Streaming(3, mixing=0.5)))
+    for name, values in part(with_memory).items():
+        np.testing.assert_allclose(values, part(without)[name], rtol=0, atol=2e-5)
 
 
 TWO = {"training": LocalTraining(optax.adam(0.02), 2, 6, 4, None, Drift(control=True))}

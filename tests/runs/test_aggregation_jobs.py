@@ -312,6 +312,9 @@ def test_a_round_that_began_to_open_a_sum_opens_no_other(tmp_path: Path) -> None
         with pytest.raises(Refused, match="round 3 began to open the sum of c, b, a"):
             opened.record(folder, 3, ["a", "b"])
         opened.record(folder, 4, ["a", "b"])
+        # A damaged checkpoint may take a run back by two rounds.
+        with pytest.raises(Refused, match="round 3 began to open the sum of c, b, a"):
+            opened.record(folder, 3, ["b", "c"])
         folder.opened.write_text("{")
         with pytest.raises(Refused, match="damaged"):
             opened.record(folder, 5, ["a", "b"])
@@ -320,4 +323,4 @@ def test_a_round_that_began_to_open_a_sum_opens_no_other(tmp_path: Path) -> None
 def test_a_job_records_what_it_opens(jobs: Jobs, tmp_path: Path) -> None:
     run(jobs, tmp_path / "out", "secure.sum=masked")
     record = json.loads((tmp_path / "out" / "opened.json").read_text())
-    assert record == {"round": 1, "clouds": ["medical", "finance", "general"]}
+    assert record == {"1": ["medical", "finance", "general"]}

@@ -48,6 +48,7 @@ def test_a_run_leaves_a_whole_folder(
 
     assert {entry.name for entry in out.iterdir()} == {
         *("run.toml", "metrics.jsonl", "opened.json", "summary.json", "report.html"),
+        "timeline.json",
         *("checkpoints", "tensorboard", "format", ".lock"),
     }
     assert Checkpoints(out / "checkpoints").rounds() == [0, 1]
@@ -159,6 +160,8 @@ def test_a_run_killed_at_any_point_ends_in_the_same_bytes(
     assert (out / "report.html").exists()
     assert jobs.state(out) == jobs.state(never_killed)
     assert jobs.rounds(out) == jobs.rounds(never_killed)
+    timelines = [(own / "timeline.json").read_bytes() for own in (out, never_killed)]
+    assert timelines[0] == timelines[1]
 
 
 @pytest.mark.slow

@@ -174,17 +174,23 @@ def test_tensorboard_holds_each_round_once_after_a_resume(tmp_path: Path) -> Non
     from tensorboardX.proto.event_pb2 import Event
 
     records = rounds(3)
+    # What was not measured is no point, and no warning of the writer's either.
+    records[1]["update_norm"], records[2]["update_norm"] = 0.5, math.nan
+    records[1]["clouds"]["a"]["loss_train_nats"] = math.inf
     with TensorBoard(tmp_path / "tb", records[:3]):
         pass
     with TensorBoard(tmp_path / "tb", records[:2]) as board:
         for record in records[2:]:
             board.add(record)
     (file,) = (tmp_path / "tb").iterdir()
-    steps = []
+    steps, tags = [], []
     data = file.read_bytes()
     while data:
         length = int.from_bytes(data[:8], "little")
         event = Event.FromString(data[12 : 12 + length])
         steps += [event.step for value in event.summary.value if value.tag == "a/loss_eval_nats"]
+        tags += [(value.tag, event.step) for value in event.summary.value]
         data = data[16 + length :]
     assert steps == [0, 1, 2, 3]
+    assert [step for tag, step in tags if tag == "run/update_norm"] == [1]
+    assert "a/loss_train_nats" not in dict(tags)

@@ -142,6 +142,18 @@ def test_everything_at_once(jobs: Jobs, tmp_path: Path, unit: str) -> None:
         (['schedule={name="streaming", fragments=1, overlap=true}'], "set fragments to 2"),
         (['schedule={name="buffered", size=1}'], "no sum of fewer than 2"),
         (['compression={codec="rotation", one_in=4}'], "not with"),
+        (
+            ['schedule={name="decoupled", quorum=2}', "audit={canaries=8}", "privacy.unit=example"],
+            "look at their data more often",
+        ),
+        (
+            [
+                'schedule={name="streaming", fragments=2}',
+                "privacy.noise=skellam",
+                "privacy.sampling=full",
+            ],
+            "integer noise is calibrated to messages that are sent whole",
+        ),
         (['compression={rounding="stochastic"}'], "bits"),
         (['compression={codec="rotation", rotate=true}'], "goes after another codec"),
         (['compression={codec="sketch", one_in=1}'], "one_in"),

@@ -1,4 +1,4 @@
-"""The cards of time and money: everything shown is in the files, and large runs are cut in words."""
+"""The cards of time and money: all that is shown is in the files, large runs are cut in words."""
 
 import json
 import re

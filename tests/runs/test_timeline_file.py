@@ -1,4 +1,4 @@
-"""timeline.json and the virtual part of summary.json: strict, repeatable, and true to the calendar."""
+"""timeline.json and the virtual part of summary.json: strict, repeatable, true to the calendar."""
 
 import json
 import math
@@ -31,7 +31,7 @@ def calendar(schedule: Schedule, steps: int = 10, count: int = 3) -> Calendar:
         for place in range(count)
     ]
     for place in range(1, count, 2):
-        failing = Failures(40.0, 6.0)
+        failing = Failures(15.0, 4.0)
         clouds[place] = Cloud(f"cloud-{place}", Link(4.0, 40.0), None, failing, PRICES)
     clouds = [cloud.seeded(7) for cloud in clouds]
     sites = [

@@ -18,7 +18,8 @@ class Decoupled(Schedule):
     """Decoupled DiLoCo: clouds train without a pause and never wait for a failed or slow one.
 
     Each cloud trains its replica in cycles of its local steps. At the end of one it sends the
-    fragment of the open step, if its link is free and it has not done so yet, and trains on. A
+    fragment of the open step, if its link is free and it has something new to say of it (its last
+    message of that fragment has come back to it), and trains on. A
     step closes when `quorum` messages are there, plus a grace: a fixed time, or, adaptive, until
     the first of those who have sent is through with its next cycle, so that nobody's work waits. A
     message counts by the local steps in it. A cloud that went down starts afresh.
@@ -86,7 +87,8 @@ class _Learner:
     versions: list[tuple[float, int]] = field(default_factory=list)  # when it has received which
     sent_for: int = 0  # the last step it has sent for
     held: int = 0  # local steps since its last message
-    place: int = -1  # of its cycle in the log
+    version: int = 0  # of the cycle that it trains
+    landed: dict[int, int] = field(default_factory=dict)  # fragment -> step of its last message
 
 
 @dataclass(slots=True)
@@ -100,6 +102,8 @@ class _Run:
     events: list[tuple[float, int, int, int]] = field(default_factory=list)
     ready: list[float] = field(default_factory=lambda: [0.0])
     here: dict[int, int] = field(default_factory=dict)  # cloud -> place of its message
+    # place of a message under way -> version of its cycle, local steps in it
+    sent: dict[int, tuple[int, int]] = field(default_factory=dict)
     number: int = 1  # the step that is open
 
     learners: list[_Learner] = field(init=False)
@@ -154,7 +158,7 @@ class _Run:
             self.push(site.next_up(down), _BACK, site.place)
             return
         own = self.learners[site.place]
-        own.held += steps
+        own.held, own.version = own.held + steps, version
         cycle = Cycle(
             site.place, version, steps, fresh, start, received, trained, math.nan, trained,
             Status.LOCAL, 0, own.held,
@@ -167,11 +171,13 @@ class _Run:
         if schedule.grace is None and site.place in here and len(here) >= schedule.quorum:
             # Adaptive grace ends where it would cost somebody a message.
             self.close(now)
-        if own.link <= now and own.sent_for < self.number:
-            arrived = site.send(now, self.number)
+        if own.link <= now and own.sent_for < self.number and self.news(own):
+            own.link = arrived = site.send(now, self.number)
+            # What is still on its way as the cloud goes down is lost with the rest.
             if site.next_failure(now) > arrived:
-                own.sent_for, own.link, own.held = self.number, arrived, 0
+                own.sent_for, held, own.held = self.number, own.held, 0
                 self.log.sent(place, arrived)
+                self.sent[place] = own.version, held
                 self.push(arrived, _HERE, site.place, place)
         # They arrive in their order, since a downlink carries one after the other.
         versions = own.versions
@@ -179,10 +185,29 @@ class _Run:
             del versions[0]
         self.begin(site, now, now, versions[0][1], False)
 
+    def news(self, own: _Learner, version: int | None = None) -> bool:
+        """Whether a message for the open step says what no message has said before.
+
+        It is the distance of the replica from the version that its cycle began with: as long as
+        that does not hold the cloud's last message of the fragment, it would say it again.
+        """
+        last = own.landed.get(self.number % self.schedule.fragments, 0)
+        return last <= (own.version if version is None else version)
+
     def arrived(self, cloud: int, now: float, place: int) -> None:
         """A message is there: for the step that is open now."""
-        self.here[cloud] = place
+        if now < self.ready[-1]:
+            # The sum before is still being opened; the next one takes messages after that.
+            self.push(self.ready[-1], _HERE, cloud, place)
+            return
         own = self.learners[cloud]
+        version, held = self.sent.pop(place)
+        if not self.news(own, version):
+            # It was on its way so long that it came for another fragment's turn.
+            own.held += held
+            self.log.kept(place)
+            return
+        self.here[cloud] = place
         own.sent_for = max(own.sent_for, self.number)
         if len(self.here) == len(self.sites):
             self.close(now)
@@ -192,8 +217,9 @@ class _Run:
     def close(self, now: float) -> None:
         """The open step takes what is there, and its fragment goes out to all that are up."""
         number = self.number
-        for place in self.here.values():
+        for cloud, place in self.here.items():
             self.log.landed(place, number)
+            self.learners[cloud].landed[number % self.schedule.fragments] = number
         ready = opened(self.sites, max(now, self.ready[-1]), self.opening, number, self.log)
         self.log.step(Step(number, self.ready[-1], now, ready))
         self.ready.append(ready)

@@ -150,15 +150,16 @@ def opened(sites: Sequence[Site], closed: float, opening: Opening, step: int, lo
         return closed
     start = closed
     for _ in range(MOST_ATTEMPTS):
-        answers = heapq.nsmallest(
-            opening.holders, ((site.answer(start, opening.size), site.place) for site in sites)
-        )
+        asked = [(site.answer(start, opening.size), site.place) for site in sites]
+        answers = heapq.nsmallest(opening.holders, asked)
         if len(answers) == opening.holders and answers[-1][0] < math.inf:
             for end, cloud in answers:
                 log.answer(Answer(cloud, step, start, end))
             return answers[-1][0]
-        # Too few are up: the server asks again when the next one is back.
-        start = min((up for site in sites if (up := site.next_up(start)) > start), default=math.inf)
+        # Too few are up for long enough: the server asks again when the next one is back.
+        silent = [site for site, (end, _) in zip(sites, asked, strict=True) if end == math.inf]
+        again = (site.next_up(site.next_failure(start)) for site in silent)
+        start = min(again, default=math.inf)
         if start == math.inf:
             break
     raise UserError(

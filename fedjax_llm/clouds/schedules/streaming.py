@@ -70,7 +70,9 @@ class Streaming(Schedule):
             closed = 0.0
             for site in sites:
                 start = max(free[site.place], received[version][site.place])
-                cycle = _through(site, start, version, number, link, ready, log)
+                # While it waits for the others its replica can be lost too.
+                since = link[site.place] if number > 1 and not self.overlap else start
+                cycle = _through(site, start, since, version, number, link, ready, log)
                 log.add(cycle)
                 free[site.place] = cycle.trained
                 link[site.place] = cycle.arrived
@@ -85,6 +87,7 @@ class Streaming(Schedule):
 def _through(
     site: Site,
     start: float,
+    since: float,
     version: int,
     number: int,
     link: Sequence[float],
@@ -93,6 +96,12 @@ def _through(
 ) -> Cycle:
     """A cycle that lands in step `number`; after a failure afresh from the newest global model."""
     fresh, begin, steps = number == 1, start, site.local_steps
+    lost = site.next_failure(since)
+    if lost <= start:
+        start = max(site.next_up(lost), ready[version])
+        if start == math.inf:
+            raise gone(site, number)
+        fresh, begin = True, site.receive_whole(start)
     for _ in range(MOST_ATTEMPTS):
         trained = site.train(begin, steps)
         arrived = site.send(max(trained, link[site.place]), number)

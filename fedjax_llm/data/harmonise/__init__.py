@@ -33,7 +33,7 @@ from .party import Party as Party
 from .party import meet as meet
 from .pipeline import Harmonise as Harmonise
 from .pipeline import harmonise_rows as harmonise_rows
-from .pipeline import harmonise_training as harmonise_training
+from .pipeline import harmonise_sides as harmonise_sides
 from .suggestions import Suggestion as Suggestion
 from .suggestions import suggest_mapping as suggest_mapping
 from .tokenizer_identity import TokenizerIdentity as TokenizerIdentity
@@ -65,7 +65,7 @@ __all__ = [
     "filter_lengths",
     "find_duplicates",
     "harmonise_rows",
-    "harmonise_training",
+    "harmonise_sides",
     "identify",
     "inspect_rows",
     "language_of",

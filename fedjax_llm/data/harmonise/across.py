@@ -1,9 +1,10 @@
 """Across clouds: duplicates that several clouds have are found and divided without showing text.
 
 Every two clouds meet once, in the order of their names, each as a `Party` that holds its own rows
-only. Rows that a cloud has lost in a meeting take no part in its later ones; hence of an exact
-duplicate that any number of clouds hold exactly one copy is left: in each meeting of two holders
-one of them keeps it, and no two holders are left that have not met.
+only. Rows that a cloud has lost in a meeting take no part in its later ones; hence, with kind
+"exact", of a row that any number of clouds hold exactly one copy is left: in each meeting of two
+holders one of them keeps it, and no two holders are left that have not met. With kind "near" the
+one that is left may be another row that is like it.
 
 Near duplicates are told by how many MinHash bands two rows share, because nobody can compare their
 texts: `shared_bands` asks for as many as a pair at the threshold reaches with probability

@@ -20,6 +20,7 @@ from fedjax_llm.data.harmonise.mixing import Mix, mix_records
 from fedjax_llm.data.harmonise.shingles import compared_text
 from fedjax_llm.data.mapping import MappingReport
 from fedjax_llm.data.records import Record
+from fedjax_llm.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -91,33 +92,45 @@ def harmonise_rows(
     return rows, steps + found
 
 
-def harmonise_training(
+def harmonise_sides(
     train: Sequence[Record], evaluation: Sequence[Record], settings: Harmonise, seed: int
-) -> tuple[list[Record], list[Step]]:
-    """What is done to training rows after the split: none is in evaluation too, then mixing.
+) -> tuple[list[Record], list[Record], list[Step]]:
+    """What is done after the split: no text is on both sides, then the training rows are mixed.
 
     Groups decide the split, and rows of one text can be in two groups or belong to two users; so
-    equal texts are looked for once more, whatever `likeness` says.
+    equal texts are looked for once more, whatever `likeness` says. They leave evaluation, not
+    training: one row more in evaluation must not take rows from training, which a privacy plan
+    protects one by one.
 
     Args:
       train: Training rows.
-      evaluation: Evaluation rows; they stay as they are.
+      evaluation: Evaluation rows.
       settings: What to do.
       seed: Of the mixing.
 
     Returns:
-      The training rows, and the steps, whose counts include the evaluation rows.
+      Training rows, evaluation rows, and the steps, whose counts include both.
+
+    Raises:
+      UserError: All evaluation rows are in training too.
     """
-    held_out = {compared_text(record, settings.likeness.compare) for record in evaluation}
-    rows = [r for r in train if compared_text(r, settings.likeness.compare) not in held_out]
+    compare = settings.likeness.compare
+    trained = {compared_text(record, compare) for record in train}
+    held_out = [row for row in evaluation if compared_text(row, compare) not in trained]
+    if evaluation and not held_out:
+        raise UserError(
+            f"all {len(evaluation)} evaluation rows are in training too: they are copies of each "
+            "other; set group in the mapping, so that copies stay together, or drop duplicates"
+        )
     steps = []
-    if len(rows) < len(train):
-        dropped = {"training rows that are in evaluation too": len(train) - len(rows)}
-        steps.append(Step("split", len(train), dropped))
+    if len(held_out) < len(evaluation):
+        dropped = {"evaluation rows that are in training too": len(evaluation) - len(held_out)}
+        steps.append(Step("split", len(train) + len(evaluation), dropped))
+    rows = list(train)
     if settings.mix is not None:
         rows, found = mix_records(rows, settings.mix, seed)
-        steps += found
-    extra = len(evaluation)
-    return rows, [
-        Step(s.name, s.rows_in + extra, s.dropped, s.changed, s.added, s.note) for s in steps
-    ]
+        extra = len(held_out)
+        steps += [
+            Step(s.name, s.rows_in + extra, s.dropped, s.changed, s.added, s.note) for s in found
+        ]
+    return rows, held_out, steps

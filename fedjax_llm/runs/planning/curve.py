@@ -12,7 +12,7 @@ Later rounds weigh more: what the loss does next follows from what it does now.
 
 The run stops after the first round at or below the target. With noise that is earlier than where
 the smooth curve gets there; the mixture accounts for that, noise of different rounds being taken to
-be independent.
+be independent. How far ahead a round lies widens its interval, by what such laws miss in reality.
 
 | losses | forecast |
 |---|---|
@@ -35,12 +35,21 @@ from fedjax_llm.errors import UserError
 Floats = NDArray[np.float64]
 
 _FEWEST = 4
-# Of the fit: how often the loss halves its distance to the end, and where it stands on the law.
-_EXPONENTS = np.geomspace(0.15, 2.0, 12)
-_OFFSETS = np.geomspace(0.05, 3.0, 10)  # of the rounds of the pilot
-_FLOORS = np.linspace(0.0, 0.98, 25)  # of the lowest loss
+# Of the fit: how fast the loss nears its end, and where on the law the pilot begins.
+_EXPONENTS = np.geomspace(0.15, 2.0, 14)
+_OFFSETS = np.geomspace(0.05, 3.0, 14)  # of the rounds of the pilot
+# The end itself: so many standard errors around the best fit of each pair of the others.
+_SPREAD = np.linspace(-4.0, 4.0, 21)
 # How much more the last rounds count: a round's weight grows with its number to this power.
-_RECENT = 3.0
+_RECENT = 4.0
+# Real losses bend where no law says so. Beside what the mixture tells, the logarithm of the round
+# is off by a standard deviation of this times the logarithm of how many pilots' lengths it is away.
+# With it the intervals held the truth in 95 of 100 forecasts, without it in 60: five curves of 40
+# rounds (stories260K; 1 to 8 local steps, 8 bits, decoupled, private), from the first 4 to 20 to
+# 1.5, 2 and 3 times as many.
+_BENDS = 0.3
+# Of a standard normal number.
+_QUANTILE_90 = 1.2816
 # No pilot shows less noise than this, nats.
 _LEAST_NOISE = 1e-4
 
@@ -114,11 +123,18 @@ class Curve:
             place = int(np.searchsorted(done_N, part))
             return float(rounds_N[place]) if place < len(rounds_N) else math.inf
 
-        return Reach(quantile(0.5), quantile(0.1), quantile(0.9))
+        middle = quantile(0.5)
+        if math.isinf(middle):
+            return Reach(middle, quantile(0.1), middle)
+        bend = _QUANTILE_90 * _BENDS * math.log(middle / self.rounds)
+        below = math.hypot(math.log(middle / quantile(0.1)), bend)
+        above = math.hypot(math.log(quantile(0.9) / middle), bend)
+        low = max(self.rounds + 1, round(middle * math.exp(-below)))
+        high = middle * math.exp(above)
+        return Reach(middle, low, math.ceil(high) if math.isfinite(high) else high)
 
     def _members(self, rounds_N: Floats) -> Floats:
-        law = (rounds_N[:, None] + self.offset_G) ** -self.exponent_G
-        return self.floor_G + self.scale_G * law
+        return self.floor_G + self.scale_G * _law(rounds_N, self.offset_G, self.exponent_G)
 
 
 def fit(losses: Sequence[float]) -> Curve:
@@ -144,19 +160,21 @@ def fit(losses: Sequence[float]) -> Curve:
     rounds_N = np.arange(count, dtype=np.float64)
     weight_N = ((1 + rounds_N) / count) ** _RECENT
     known = float(weight_N.sum() ** 2 / (weight_N @ weight_N))  # rounds' worth of evidence
-    weight_N /= weight_N.mean()
-    floors, offsets, exponents = np.meshgrid(
-        _FLOORS * loss_N.min(), _OFFSETS * max(1, count - 1), _EXPONENTS, indexing="ij"
-    )
-    floor_G, offset_G, exponent_G = (grid.reshape(-1) for grid in (floors, offsets, exponents))
-    law_NxG = (rounds_N[:, None] + offset_G) ** -exponent_G
+    weight_N /= weight_N.sum()
+    offsets, exponents = np.meshgrid(_OFFSETS * max(1, count - 1), _EXPONENTS, indexing="ij")
+    offset_P, exponent_P = offsets.reshape(-1), exponents.reshape(-1)
+    floor_SxP = _floors(loss_N, weight_N, known, _law(rounds_N, offset_P, exponent_P))
+    floor_G = floor_SxP.reshape(-1)
+    offset_G, exponent_G = (np.tile(own, len(_SPREAD)) for own in (offset_P, exponent_P))
+    law_NxG = _law(rounds_N, offset_G, exponent_G)
     rest_NxG = loss_N[:, None] - floor_G
     scale_G = (weight_N @ (law_NxG * rest_NxG)) / (weight_N @ law_NxG**2)
     scale_G = np.maximum(scale_G, 0.0)
-    misfit_G = weight_N @ (rest_NxG - scale_G * law_NxG) ** 2 / count
+    misfit_G = weight_N @ (rest_NxG - scale_G * law_NxG) ** 2
     noise_G = np.sqrt(misfit_G + _LEAST_NOISE**2)
-    # Likelihood with the noise's size integrated out; three numbers are fitted.
-    score_G = -max(known - 3, 1.0) * np.log(noise_G)
+    # Likelihood with the noise's size integrated out. What a law misses goes on for rounds, so that
+    # two of them tell as much as one would that erred by itself.
+    score_G = -max(known / 2 - 2, 1.0) * np.log(noise_G)
     weight_G = np.exp(score_G - score_G.max())
     return Curve(
         tuple(float(loss) for loss in losses),
@@ -167,6 +185,30 @@ def fit(losses: Sequence[float]) -> Curve:
         exponent_G,
         noise_G,
     )
+
+
+def _law(rounds_N: Floats, offset_G: Floats, exponent_G: Floats) -> Floats:
+    return np.asarray((rounds_N[:, None] + offset_G) ** -exponent_G, np.float64)
+
+
+def _floors(loss_N: Floats, weight_N: Floats, known: float, law_NxP: Floats) -> Floats:
+    """Values of L_inf around the least-squares fit of each pair (n0, b), [S, P].
+
+    Args:
+        loss_N: nats.
+        weight_N: adding up to 1.
+        known: rounds' worth of evidence.
+        law_NxP: (n + n0)^-b.
+    """
+    centre_P, middle = weight_N @ law_NxP, float(weight_N @ loss_N)
+    away_NxP = law_NxP - centre_P
+    variance_P = weight_N @ away_NxP**2
+    scale_P = np.maximum(weight_N @ (away_NxP * (loss_N - middle)[:, None]) / variance_P, 0.0)
+    floor_P = middle - scale_P * centre_P
+    misfit_P = weight_N @ (loss_N[:, None] - floor_P - scale_P * law_NxP) ** 2
+    error_P = np.sqrt((misfit_P + _LEAST_NOISE**2) / known * (1 + centre_P**2 / variance_P))
+    wished_SxP = floor_P + _SPREAD[:, None] * error_P
+    return np.asarray(np.clip(wished_SxP, 0.0, 0.999 * loss_N.min()), np.float64)
 
 
 def _above(z: Floats) -> Floats:

@@ -153,8 +153,8 @@ def _check_budgets(forecasts: Sequence[Forecast], plan: PlanSection) -> None:
     if not broken:
         return
     words = [
-        f"max_{name} = {getattr(plan, f'max_{name}'):g} (the least is "
-        f"{min(float(getattr(own, name)) for own in forecasts):.4g})"
+        f"max_{name} = {_number(getattr(plan, f'max_{name}'))} (the least is "
+        f"{_number(min(float(getattr(own, name)) for own in forecasts))})"
         for name in MEASURES
         if name in broken
     ]
@@ -162,6 +162,15 @@ def _check_budgets(forecasts: Sequence[Forecast], plan: PlanSection) -> None:
         f"no candidate reaches the target within [plan] {' and '.join(words)}; raise the "
         "budget, or aim lower"
     )
+
+
+def _number(value: float) -> str:
+    """Whole where it is large.
+
+    >>> _number(11663.2), _number(0.0123456)
+    ('11663', '0.01235')
+    """
+    return f"{value:.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def _chosen(run_file: RunFile, plan: PlanSection, best: Forecast) -> RunFile:

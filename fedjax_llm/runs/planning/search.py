@@ -155,7 +155,8 @@ class Search:
         noise = noise_for(self._run_file, self._screen, candidate, most, seen).multiplier
         own = apply(self._screen.run_file, candidate, rounds=most, noise=noise)
         pilot = Pilot(own, self._base, self._data)
-        pilot.extend(plan.pilot_rounds, self._target)
+        # All of them, also beyond the target: a curve takes some rounds.
+        pilot.extend(plan.pilot_rounds, -math.inf)
         trial = Trial(costed, pilot, _curve(pilot), noise)
         self._forecast(trial)
         self._tell(trial)
@@ -209,7 +210,10 @@ class Search:
 
     def _ranked(self, trials: Sequence[Trial]) -> list[Trial]:
         def key(trial: Trial) -> tuple[int, float, float]:
-            return (*cost(trial.forecast, self._plan), trial.pilot.losses[-1])
+            # With the target out of sight, by how fast the loss falls for what it takes.
+            fallen = trial.pilot.losses[0] - trial.pilot.losses[-1]
+            spent = trial.pilot.rounds * trial.costed.step[self._plan.minimise]
+            return (*cost(trial.forecast, self._plan), -fallen / spent)
 
         return sorted(trials, key=key)
 

@@ -19,9 +19,9 @@ from fedjax_llm.data.harmonise import (
     Mix,
     Step,
     harmonise_rows,
-    harmonise_training,
+    harmonise_sides,
 )
-from fedjax_llm.data.harmonise.shingles import compared_text
+from fedjax_llm.errors import UserError
 from fedjax_llm.models.tokenizer import Tokenizer
 
 MAPPING = Mapping(prompt="q", answer="a", label="label", group="g")
@@ -113,13 +113,17 @@ def test_no_text_is_in_training_and_in_evaluation(rows: list[tuple[int, bool]], 
     train = [r for r, (_, held) in zip(records, rows, strict=True) if not held]
     held = [r for r, (_, out) in zip(records, rows, strict=True) if out]
     settings = Harmonise(likeness=Likeness(kind))  # type: ignore[arg-type]
-    kept, steps = harmonise_training(train, held, settings, 0)
-    assert not {compared_text(r, "record") for r in kept} & {
-        compared_text(r, "record") for r in held
-    }
-    assert kept == [r for r in train if r.prompt not in {h.prompt for h in held}]
+    apart = [r for r in held if r.prompt not in {t.prompt for t in train}]
+    if held and not apart:
+        with pytest.raises(UserError, match="evaluation rows are in training too"):
+            harmonise_sides(train, held, settings, 0)
+        return
+    kept, out, steps = harmonise_sides(train, held, settings, 0)
+    # One row more in evaluation moves no training row.
+    assert kept == train
+    assert out == apart
     ledger = Ledger((Step("split", len(records)), *steps))
-    assert ledger.rows_out == len(kept) + len(held)
+    assert ledger.rows_out == len(kept) + len(out)
 
 
 def test_mixing_takes_training_rows_only(tmp_path: Path, chat_tokenizer: Tokenizer) -> None:

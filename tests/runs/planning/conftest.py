@@ -48,6 +48,7 @@ target_tokens = 20000
 ranks = [1, 2]
 local_steps = [1, 4]
 bits = [8]
+schedules = ["synchronous", "deadline", "decoupled"]
 
 [[clouds]]
 name = "near"
