@@ -99,15 +99,18 @@ def failures() -> list[Row]:
     }
     rows = []
     for minutes, (name, schedule) in itertools.product(REPAIR_MINUTES, schedules.items()):
-        found = []
+        found, up = [], []
         for seed in range(SEEDS):
             mtbf_s = 60 * minutes * (1 - FAILING) / FAILING
             clouds = sites(CLOUDS, STEP_SECONDS, seed, 5.0, mtbf_s)
             presences = [Failures(mtbf_s, 60 * minutes, seed, cloud.name) for cloud in clouds]
             timeline = schedule.simulate(clouds, SERVER_STEPS, Opening(HOLDERS, ANSWER))
-            found.append(goodput(timeline, presences).of_run)
+            part = goodput(timeline, presences)
+            found.append(part.of_run)
+            up.append(part.of_run / part.while_up)
         what = f"goodput, repair {minutes:g} min, {name}"
         bar = LEAST_GOODPUT if schedule.name == "decoupled" else None
         rows.append(row(what, statistics.mean(found), "", bar, least=True))
         rows.append(row(f"{what}: spread of {SEEDS} seeds", statistics.stdev(found), ""))
+        rows.append(row(f"{what}: the clouds were up", statistics.mean(up), ""))
     return rows

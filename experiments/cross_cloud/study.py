@@ -134,19 +134,23 @@ class Trace:
     dollars: list[float] = field(default_factory=list)
 
 
-def job(overrides: Sequence[str], way: Way, seed: int, slower: int) -> tuple[Any, Model, list[Any]]:
-    """The run file of a way at a bandwidth, its model and its data."""
+def job(overrides: Sequence[str], way: Way, seed: int) -> tuple[Any, Model, list[Any]]:
+    """The run file of a way, its model and its data."""
     file = runfile.load(HERE / "study.toml", [*overrides, *way.keys, f"seed={seed}"])
-    clouds = []
-    for cloud in file.clouds:
-        link = cloud.link.model_copy(
-            update={way: getattr(cloud.link, way) / slower for way in ("up_mbps", "down_mbps")}
-        )
-        clouds.append(cloud.model_copy(update={"link": link, "clients": way.clients}))
+    clouds = tuple(cloud.model_copy(update={"clients": way.clients}) for cloud in file.clouds)
     rounds = round(file.rounds * way.rounds)
-    file = file.model_copy(update={"clouds": tuple(clouds), "rounds": rounds})
+    file = file.model_copy(update={"clouds": clouds, "rounds": rounds})
     model = build.model(file, ignore)
     return file, model, build.corpora(file, model, ignore)
+
+
+def with_links(file: Any, slower: int) -> Any:
+    """The run file with bandwidths divided."""
+    clouds = []
+    for cloud in file.clouds:
+        mbps = {key: getattr(cloud.link, key) / slower for key in ("up_mbps", "down_mbps")}
+        clouds.append(cloud.model_copy(update={"link": cloud.link.model_copy(update=mbps)}))
+    return file.model_copy(update={"clouds": tuple(clouds)})
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -205,9 +209,9 @@ def study(overrides: Sequence[str], seeds: int) -> list[Trace]:
     for way in WAYS:
         for seed in range(seeds):
             learned: dict[str, list[float]] | None = None
+            file, model, data = job(overrides, way, seed)
             for slower in SLOWER:
-                file, model, data = job(overrides, way, seed, slower)
-                federation = build.federation(file, model, data)
+                federation = build.federation(with_links(file, slower), model, data)
                 if learned is None or not federation.schedule.timely:
                     learned = train(federation)
                 found.append(Trace(way.name, seed, slower, **learned, **costs(federation)))

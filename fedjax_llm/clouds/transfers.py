@@ -98,9 +98,12 @@ def _of_cycles(timeline: Timeline) -> Iterable[Transfers]:
     sizes_CxPx2 = np.array([own.sizes for own in timeline.freight], np.float64)
     phase_M = version_M % sizes_CxPx2.shape[1]
     down_M, up_M = np.moveaxis(sizes_CxPx2[cloud_M, phase_M], -1, 0)
-    whole_C = np.array([np.nan if f.whole is None else f.whole for f in timeline.freight])
     fresh_M = table_M["fresh"].astype(bool)
-    down_M = np.where(fresh_M & ~np.isnan(whole_C[cloud_M]), whole_C[cloud_M], down_M)
+    if timeline.broadcasts:
+        # Clouds keep replicas: whoever begins afresh has lost its own. Elsewhere all cycles begin
+        # with what a round sends.
+        whole_C = np.array([_broadcast_size(own, 0) for own in timeline.freight], np.float64)
+        down_M = np.where(fresh_M, whole_C[cloud_M], down_M)
 
     received_M, trained_M, arrived_M = (table_M[k] for k in ("received", "trained", "arrived"))
     # A cycle that does not begin with a transfer begins to train at once.

@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedjax_llm.clouds.site import Site, Size
+from fedjax_llm.clouds.site import Presence, Site, Size
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ def site(
     up: float = 4.0,
     steps: int = 1,
     down_times: Sequence[tuple[float, float]] = (),
+    presence: Presence | None = None,
 ) -> Site:
     """A site whose transfers take so many seconds for a message, whatever its size; 0 for none."""
     return Site(
@@ -46,5 +47,5 @@ def site(
         steps,
         [Size(1, 1)],
         None,
-        DownTimes(tuple(down_times)) if down_times else None,
+        DownTimes(tuple(down_times)) if down_times else presence,
     )

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fedjax_llm.clouds import Cloud, Egress, Link, Prices, Trace
 from fedjax_llm.clouds.money import Bill, bill
-from fedjax_llm.clouds.schedules import Deadline, Schedule, Synchronous
+from fedjax_llm.clouds.schedules import Deadline, Schedule, Streaming, Synchronous
 from fedjax_llm.clouds.site import Opening, Site, Size
 from fedjax_llm.clouds.timeline import Status, Timeline
 
@@ -171,6 +171,26 @@ def test_what_a_deadline_cuts_off_is_paid_for_as_far_as_it_came():
     found = bill(Deadline(3.25, 1).simulate(sites(clouds, [1.0, 2.0]), 1), clouds)
     np.testing.assert_allclose(found.up_NxC, [[1_000_000, 100_000]])
     np.testing.assert_allclose(found.lost_C, [0.0, 0.1])
+
+
+def test_only_a_replica_that_is_lost_is_sent_whole():
+    # Cloud 1 is down from 2.5 to 6, in its first cycle, and begins again.
+    down = Trace((0.0, 2.5, 6.0), (True, False, True))
+    link, whole = Link(8.0, 8.0), 3 * SIZE.down
+    clouds = [Cloud("a", link), Cloud("b", link, availability=down)]
+    for schedule, expected in (
+        (Synchronous(), SIZE.down * np.array([1, 2])),
+        (Streaming(3), np.array([whole, 2 * whole])),
+    ):
+        made = [
+            Site(
+                own.name, place, own.link.down.finish, own.link.up.finish,
+                2.0, 1, [SIZE], whole, own.presence,
+            )
+            for place, own in enumerate(clouds)
+        ]  # fmt: skip
+        found = bill(schedule.simulate(made, 1), clouds)
+        np.testing.assert_allclose(found.down_NxC.sum(axis=0), expected)
 
 
 def test_nothing_is_lost_where_nothing_fails():

@@ -210,6 +210,16 @@ def test_a_simulation_repeats(schedule: Schedule):
     assert one.table_M.tobytes() == other.table_M.tobytes()
 
 
+class _Flickering:
+    """Down in every odd second, for ever."""
+
+    def next_failure(self, seconds: float) -> float:
+        return seconds if math.floor(seconds) % 2 else math.floor(seconds) + 1.0
+
+    def next_up(self, seconds: float) -> float:
+        return math.floor(seconds) + 1.0 if math.floor(seconds) % 2 else seconds
+
+
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
@@ -242,6 +252,17 @@ def test_a_simulation_repeats(schedule: Schedule):
                 [site(0, up=5.0), site(1, down_times=[(7.5, math.inf)])], 1, Opening(2, Size(1, 1))
             ),
             "2 clouds have to be up at once",
+        ),
+        # One cloud alone goes on training for ever, or every cycle of both fails.
+        (
+            lambda: Decoupled(2).simulate([site(0), site(1, down_times=[(0.0, math.inf)])], 1),
+            "only 1 clouds are left",
+        ),
+        (lambda: Decoupled(1).simulate([site(0, presence=_Flickering())], 1), "only 0 clouds"),
+        (lambda: FedBuff(1).simulate([site(0, presence=_Flickering())], 1), "only 0 clouds"),
+        (
+            lambda: Synchronous().simulate([site(0, presence=_Flickering())], 1),
+            "never gets through",
         ),
     ],
 )

@@ -6,7 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedjax_llm.clouds.schedules.deadline import check_quorum
-from fedjax_llm.clouds.schedules.schedule import Present, Schedule, one_pass, opened
+from fedjax_llm.clouds.schedules.schedule import (
+    MOST_ATTEMPTS,
+    Present,
+    Schedule,
+    one_pass,
+    opened,
+)
 from fedjax_llm.clouds.site import Opening, Site
 from fedjax_llm.clouds.timeline import Log, Status, Step, Timeline
 from fedjax_llm.errors import UserError
@@ -67,6 +73,7 @@ class FedBuff(Schedule):
         # Arrivals of messages, and clouds that are back after a failure: then without a place.
         events: list[tuple[float, int, int]] = []
         begun = [-1] * len(sites)  # version of each cloud's last cycle
+        in_vain = [0] * len(sites)  # cycles that failed since one was through
         version, ready = 0, 0.0
         early: list[tuple[float, int, int]] = []  # their clouds have a message in the buffer
         idle = list(range(len(sites)))  # clouds that wait for a newer version
@@ -80,8 +87,11 @@ class FedBuff(Schedule):
             cycle = one_pass(site, start, version + 1)
             place = log.add(cycle)
             if cycle.status is Status.RUNNING:
+                in_vain[cloud] = 0
                 heapq.heappush(events, (cycle.arrived, cloud, place))
-            else:
+                return
+            in_vain[cloud] += 1
+            if in_vain[cloud] < MOST_ATTEMPTS:
                 heapq.heappush(events, (site.next_up(cycle.ended), cloud, _BACK))
 
         for number in range(1, steps + 1):

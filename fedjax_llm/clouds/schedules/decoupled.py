@@ -6,7 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from fedjax_llm.clouds.schedules.deadline import check_quorum
-from fedjax_llm.clouds.schedules.schedule import Present, Schedule, failed, opened
+from fedjax_llm.clouds.schedules.schedule import (
+    MOST_ATTEMPTS,
+    Present,
+    Schedule,
+    failed,
+    opened,
+)
 from fedjax_llm.clouds.schedules.streaming import check_fragments
 from fedjax_llm.clouds.site import Opening, Site
 from fedjax_llm.clouds.timeline import Broadcast, Cycle, Log, Status, Step, Timeline
@@ -88,7 +94,9 @@ class _Learner:
     sent_for: int = 0  # the last step it has sent for
     held: int = 0  # local steps since its last message
     version: int = 0  # of the cycle that it trains
+    in_vain: int = 0  # failures since a message of it arrived
     landed: dict[int, int] = field(default_factory=dict)  # fragment -> step of its last message
+    down: float = -math.inf  # its next failure, as far as that has been asked for
 
 
 @dataclass(slots=True)
@@ -105,7 +113,7 @@ class _Run:
     # place of a message under way -> version of its cycle, local steps in it
     sent: dict[int, tuple[int, int]] = field(default_factory=dict)
     number: int = 1  # the step that is open
-
+    since_close: int = 0  # events since the step before closed
     learners: list[_Learner] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -118,7 +126,9 @@ class _Run:
 
     def next_event(self) -> None:
         """Takes the next event."""
-        if not self.events:
+        self.since_close += 1
+        most = MOST_ATTEMPTS * (len(self.sites) + MOST_ATTEMPTS)
+        if not self.events or self.since_close > most:
             raise UserError(
                 f"step {self.number}: only {len(self.here)} clouds are left to send and the quorum "
                 f"is {self.schedule.quorum}; lower it, or mend their availability"
@@ -133,6 +143,12 @@ class _Run:
             self.trained(self.sites[cloud], now, place)
         else:
             self.arrived(cloud, now, place)
+
+    def next_failure(self, site: Site, own: _Learner, now: float) -> float:
+        """The next failure of a cloud that is up now; until then it is not asked for again."""
+        if own.down <= now:
+            own.down = site.next_failure(now)
+        return own.down
 
     def restart(self, site: Site, now: float) -> None:
         """A cloud without a replica takes the newest global model and begins."""
@@ -151,13 +167,15 @@ class _Run:
     def begin(self, site: Site, start: float, received: float, version: int, fresh: bool) -> None:
         """A cycle begins; it ends trained or with a failure."""
         steps = site.local_steps
+        own = self.learners[site.place]
         trained = site.train(received, steps)
-        down = site.next_failure(start)
+        down = self.next_failure(site, own, start)
         if down <= trained:
             self.log.add(failed(site.place, version, steps, fresh, start, received, trained, down))
-            self.push(site.next_up(down), _BACK, site.place)
+            own.in_vain += 1
+            if own.in_vain < MOST_ATTEMPTS:
+                self.push(site.next_up(down), _BACK, site.place)
             return
-        own = self.learners[site.place]
         own.held, own.version = own.held + steps, version
         cycle = Cycle(
             site.place, version, steps, fresh, start, received, trained, math.nan, trained,
@@ -174,7 +192,7 @@ class _Run:
         if own.link <= now and own.sent_for < self.number and self.news(own):
             own.link = arrived = site.send(now, self.number)
             # What is still on its way as the cloud goes down is lost with the rest.
-            if site.next_failure(now) > arrived:
+            if self.next_failure(site, own, now) > arrived:
                 own.sent_for, held, own.held = self.number, own.held, 0
                 self.log.sent(place, arrived)
                 self.sent[place] = own.version, held
@@ -201,6 +219,7 @@ class _Run:
             self.push(self.ready[-1], _HERE, cloud, place)
             return
         own = self.learners[cloud]
+        own.in_vain = 0
         version, held = self.sent.pop(place)
         if not self.news(own, version):
             # It was on its way so long that it came for another fragment's turn.
@@ -224,11 +243,12 @@ class _Run:
         self.log.step(Step(number, self.ready[-1], now, ready))
         self.ready.append(ready)
         self.number += 1
+        self.since_close = 0
         self.here = {}
         starts, ends = ([math.nan] * len(self.sites) for _ in range(2))
         for site in self.sites:
             own = self.learners[site.place]
-            if site.next_up(ready) == ready:
+            if ready < own.down or site.next_up(ready) == ready:
                 starts[site.place] = max(ready, own.downlink)
                 own.downlink = ends[site.place] = site.receive(starts[site.place], number)
                 own.versions.append((own.downlink, number))
