@@ -67,7 +67,7 @@ def overhead(repeats: int) -> list[Row]:
         Deadline(seconds=20.0, quorum=CLIENTS // 2),
         FedBuff(size=CLIENTS // 2),
         Streaming(fragments=2, overlap=True),
-        Decoupled(quorum=4 * CLIENTS // 5, fragments=2),
+        Decoupled(quorum=CLIENTS // 2, fragments=2),
     ]
     rows = []
     kinds = {"": (0.0, None), " with jitter and failures": (1.0, 3600.0)}

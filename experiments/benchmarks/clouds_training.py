@@ -5,7 +5,6 @@ held-out loss in nats per answer token, after every round; bytes are those that 
 record, both ways, keys and decryption included.
 """
 
-import functools
 import math
 import statistics
 from pathlib import Path
@@ -88,21 +87,13 @@ def trace(
     return points[1:]
 
 
-@functools.cache
-def plain() -> tuple[Job, Federation, list[Point]]:
-    """Plain federated averaging of both factors, whose final loss is the target of all runs."""
-    job = Job("fedavg")
-    federation = job.federation()
-    return job, federation, trace(federation)
-
-
 def bytes_to_loss() -> list[Row]:
     """Bytes until each run has the loss with which plain federated averaging ends.
 
     Ours runs under threshold encryption. Its bytes under pairwise masks are counted in a round that
     is really run under them; the integers of both sums, and so the losses, are the same.
     """
-    _, _, fedavg = plain()
+    fedavg = trace(Job("fedavg").federation())
     target = fedavg[-1].loss
     parallel = trace(Job("data_parallel").federation(), target)
     job = Job("compressed")
@@ -148,11 +139,16 @@ def bytes_to_loss() -> list[Row]:
 def slow_link() -> list[Row]:
     """Virtual time to FedAvg's loss with a link that is 100 times slower, over that without it.
 
-    The slow cloud is the one that has the slowest link before. Without it the other two train
-    alone, synchronously, and are judged on the held-out rows of all three, as all runs are.
+    The three corpora are dealt evenly: two clouds alone do not reach the loss where the third is
+    the only one to have a domain, and there would be nothing to compare with. The slow cloud is the
+    one that has the slowest link before. Without it the other two train alone, synchronously, and
+    are judged on the held-out rows of all three, as all runs are.
+
     With it, a synchronous run learns what it did before, later.
     """
-    job, judge, fedavg = plain()
+    job = Job("slow_link")
+    judge = job.federation()
+    fedavg = trace(judge)
     clouds, target = job.file.clouds, fedavg[-1].loss
     place = min(range(len(clouds)), key=lambda k: clouds[k].link.up_mbps or math.inf)
     name, link = clouds[place].name, clouds[place].link
@@ -182,11 +178,14 @@ def slow_link() -> list[Row]:
     for what, (own, schedule) in runs.items():
         federation = job.federation(clouds=own, schedule=schedule, rounds=rounds)
         points = trace(federation, target, judge)
-        reached = points[-1].loss <= target
+        # Without the target, the two alone have taken at least this long, so that what is over it
+        # is at most what is printed; a run with the slow cloud has failed.
+        reached = points[-1].loss <= target or what == "synchronous without it"
         seconds[what] = points[-1].seconds if reached else math.inf
         rows += [
             row(f"slow link: {what}", seconds[what], "s"),
             row(f"slow link: {what}, steps", len(points), ""),
+            row(f"slow link: {what}, loss reached", points[-1].loss, "nats"),
         ]
     without = seconds["synchronous without it"]
     return [

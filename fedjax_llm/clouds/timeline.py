@@ -135,9 +135,10 @@ class Log:
 
     def add(self, cycle: Cycle) -> int:
         """Adds a cycle and returns its place."""
+        place = self._count
         self._flat.extend(cycle)
-        self._count += 1
-        return self._count - 1
+        self._count = place + 1
+        return place
 
     def sent(self, place: int, arrived: float) -> None:
         """Says that a cycle's message is on its way."""

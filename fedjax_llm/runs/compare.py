@@ -1,7 +1,7 @@
 """Runs side by side: their results, and the run-file keys in which they differ."""
 
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,9 @@ def table(paths: Sequence[Path]) -> list[tuple[str, list[str]]]:
         ("sent back", [text.bytes_text(result.downlink_bytes) for result in results]),
         ("encryption, of the rounds", [_secure_share(result) for result in results]),
         ("time", [text.seconds_text(result.seconds_total) for result in results]),
+        ("virtual time", [text.seconds_text(result.seconds_virtual) for result in results]),
+        ("virtual money", [_virtual(run, "dollars", text.dollars_text) for run in results]),
+        ("goodput", [_virtual(run, "goodput", text.share_text) for run in results]),
     ]
     return rows + differing(settings)
 
@@ -71,6 +74,10 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _secure_share(result: summary.Summary) -> str:
     return text.share_text(result.secure_share) if result.secure_share else "–"
+
+
+def _virtual(result: summary.Summary, name: str, shown: Callable[[float], str]) -> str:
+    return "–" if result.virtual is None else shown(getattr(result.virtual, name))
 
 
 def _loss(result: summary.Summary, name: str) -> str:

@@ -28,7 +28,7 @@ def _one_of(section: Section, keys: tuple[str, ...]) -> None:
     """Of keys that exclude each other, at most one is given."""
     given = [key for key in keys if getattr(section, key) is not None]
     if len(given) > 1:
-        raise problem((given[1],), f"goes not together with {given[0]}; remove one", got=False)
+        raise problem((given[1],), f"does not go together with {given[0]}; remove one", got=False)
 
 
 def _needs(section: Section, key: str, others: tuple[str, ...]) -> None:

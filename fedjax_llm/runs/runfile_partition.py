@@ -102,7 +102,7 @@ def check_way(path: toml_errors.Path, name: str, how: How, keys: DividingKeys) -
         )
     if keys.exponent is not None and keys.concentration != _default("concentration"):
         raise problem(
-            (*path, "concentration"), "goes not together with exponent; remove one", got=False
+            (*path, "concentration"), "does not go together with exponent; remove one", got=False
         )
 
 

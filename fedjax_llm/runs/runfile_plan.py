@@ -87,7 +87,9 @@ def check_plan(plan: PlanSection | None, target_loss: float | None, epsilon: boo
         return
     if (plan.target_loss is None) == (plan.target_tokens is None):
         given = "neither" if plan.target_loss is None else "both"
-        raise problem(("plan",), f"takes either target_loss or target_tokens, {given} given")
+        raise problem(
+            ("plan",), f"takes either target_loss or target_tokens, {given} given", got=False
+        )
     if plan.max_pilot_rounds < plan.pilot_rounds:
         raise problem(
             ("plan", "max_pilot_rounds"), f"must be at least pilot_rounds, {plan.pilot_rounds}"

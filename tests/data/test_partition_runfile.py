@@ -190,7 +190,7 @@ def test_the_names_are_those_of_the_package() -> None:
         (
             ("partition.how=quantity", "partition.exponent=1.0", "partition.concentration=2.0"),
             UserError,
-            "[partition] concentration goes not together with exponent; remove one",
+            "[partition] concentration does not go together with exponent; remove one",
         ),
         (
             ("partition.granularity=rows", "privacy.unit=user"),

@@ -170,7 +170,7 @@ def test_a_model_makes_a_speed_of_flops(tmp_path: Path):
         (
             "compute = { tokens_per_second = 5, peak_tflops = 2 }",
             "",
-            "q.toml:10: [clouds.eu] compute.peak_tflops goes not together with tokens_per_second; "
+            "q.toml:10: [clouds.eu] compute.peak_tflops does not go together with tokens_per_second; "
             "remove one",
         ),
         (
@@ -196,7 +196,7 @@ def test_a_model_makes_a_speed_of_flops(tmp_path: Path):
         (
             'link = { up_mbps = 5, up_trace = "up.csv" }',
             "",
-            "q.toml:10: [clouds.eu] link.up_trace goes not together with up_mbps; remove one",
+            "q.toml:10: [clouds.eu] link.up_trace does not go together with up_mbps; remove one",
         ),
         (
             "link = { up_mbps = 5, period_s = 9 }",
@@ -229,7 +229,7 @@ def test_a_model_makes_a_speed_of_flops(tmp_path: Path):
         (
             'availability = { mtbf_s = 5, mttr_s = 5, trace = "back.csv" }',
             "",
-            "availability.mtbf_s goes not together with trace",
+            "availability.mtbf_s does not go together with trace",
         ),
         ("availability = {}", "", "[clouds.eu] availability needs mtbf_s and mttr_s, or a trace"),
         (

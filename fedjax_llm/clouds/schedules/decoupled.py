@@ -134,15 +134,14 @@ class _Run:
                 f"is {self.schedule.quorum}; lower it, or mend their availability"
             )
         now, kind, cloud, place = heapq.heappop(self.events)
-        if kind == _CLOSE:
-            if place == self.number:
-                self.close(now)
+        if kind == _TRAINED:
+            self.trained(self.sites[cloud], now, place)
+        elif kind == _HERE:
+            self.arrived(cloud, now, place)
         elif kind == _BACK:
             self.restart(self.sites[cloud], now)
-        elif kind == _TRAINED:
-            self.trained(self.sites[cloud], now, place)
-        else:
-            self.arrived(cloud, now, place)
+        elif place == self.number:
+            self.close(now)
 
     def next_failure(self, site: Site, own: _Learner, now: float) -> float:
         """The next failure of a cloud that is up now; until then it is not asked for again."""
@@ -181,7 +180,7 @@ class _Run:
             site.place, version, steps, fresh, start, received, trained, math.nan, trained,
             Status.LOCAL, 0, own.held,
         )  # fmt: skip
-        self.push(trained, _TRAINED, site.place, self.log.add(cycle))
+        heapq.heappush(self.events, (trained, _TRAINED, site.place, self.log.add(cycle)))
 
     def trained(self, site: Site, now: float, place: int) -> None:
         """A cycle's steps are done: its fragment is sent if it can be, and the next one begins."""

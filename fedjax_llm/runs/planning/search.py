@@ -129,6 +129,8 @@ class Search:
             if best.pilot.losses[-1] <= self._target:
                 break
             self._extend(best, min(plan.max_pilot_rounds, best.pilot.rounds + plan.pilot_rounds))
+        if best.forecast is not None and not _alike(best.noise, best.forecast.noise):
+            self._extend(best, best.pilot.rounds)
         return [best, *(own for own in self._ranked(trials) if own is not best)]
 
     def reach(self, trial: Trial, horizon: int) -> Reach:
