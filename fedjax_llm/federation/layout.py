@@ -104,12 +104,16 @@ class CohortLayout:
             grouped = jax.tree.map(
                 lambda leaf: leaf.reshape(-1, self.group, *leaf.shape[1:]), clients
             )
-            batched = jax.vmap(one_client, in_axes=(None, 0))
+            # Compiled by itself it is traced once, and serves for shapes and for the branch.
+            batched = jax.jit(jax.vmap(one_client, in_axes=(None, 0)), inline=True)
 
             def run(group: PyTree) -> PyTree:
                 if idle is None:
                     return batched(shared, group)
-                shapes = jax.eval_shape(one_client, shared, jax.tree.map(lambda x: x[0], group))
+                shapes_G = jax.eval_shape(batched, shared, group)
+                shapes = jax.tree.map(
+                    lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), shapes_G
+                )
                 idles_G, results_G = jax.vmap(lambda client: idle(client, shapes))(group)
                 return jax.lax.cond(
                     jnp.all(idles_G), lambda: results_G, lambda: batched(shared, group)

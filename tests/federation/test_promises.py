@@ -25,7 +25,7 @@ def messages(federation: Federation) -> np.ndarray:
     _, message = federation._programs[0].train_and_send(
         federation._base,
         federation.layout.replicate(state.globals),
-        federation.roster.inputs(state.clients, np.ones(len(federation.names), bool)),
+        federation.roster.inputs(state.clients, 1, np.ones(len(federation.names), bool)),
         federation._seed,
         jnp.int32(1),
     )

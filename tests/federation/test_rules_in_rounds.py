@@ -246,7 +246,7 @@ def changes_of(federation: Federation) -> tuple[np.ndarray, np.ndarray, np.ndarr
     local = federation._programs[0].train(
         federation._base,
         federation.layout.replicate(state.globals),
-        federation.roster.inputs(state.clients, np.ones(count, bool)),
+        federation.roster.inputs(state.clients, 1, np.ones(count, bool)),
         federation._seed,
         jnp.int32(1),
     )
@@ -315,7 +315,7 @@ def test_bounded_weights_keep_the_sensitivity_of_unit_client(federate: Build) ->
     programs = federation._programs[0]
     sums = []
     for present in ([True] * 3, [True, True, False]):
-        inputs = federation.roster.inputs(state.clients, np.array(present))
+        inputs = federation.roster.inputs(state.clients, 1, np.array(present))
         where = (federation._seed, jnp.int32(1))
         shared = federation.layout.replicate(state.globals)
         _, message = programs.train_and_send(federation._base, shared, inputs, *where)
@@ -486,7 +486,7 @@ def test_scaffold_corrects_the_drift_of_the_clients(federate: Build) -> None:
         local = programs.train(
             federation._base,
             federation.layout.replicate(state.globals),
-            federation.roster.inputs(state.clients, np.ones(3, bool)),
+            federation.roster.inputs(state.clients, 1, np.ones(3, bool)),
             federation._seed,
             jnp.int32(4),
         )
