@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from fedjax_llm.clouds.cloud import Cloud
 from fedjax_llm.clouds.money import Bill, bill
 from fedjax_llm.clouds.schedules import Schedule
-from fedjax_llm.clouds.timeline import Timeline
+from fedjax_llm.clouds.timeline import Status, Timeline
 
 
 @dataclass(frozen=True)
@@ -126,10 +126,14 @@ class Calendar:
         return np.array([by_cloud.get(cloud, 0) for cloud in self.cloud_K], dtype)
 
     def _held(self, place: int) -> float:
-        """Local steps in a message over the most in any: at most 1, as the privacy plan has it."""
+        """Local steps in a message, over twice those of an ordinary one; at most 1.
+
+        At most 1, as the privacy plan has it; and not over the most in any message, which one cloud
+        that was away for long would make so large that fixed point loses all others.
+        """
         if not self.schedule.replicas:
             return 1.0
-        return float(self.timeline.table_M["held"][place]) / self._most_held
+        return min(1.0, float(self.timeline.table_M["held"][place]) / self._full)
 
     def _factor(self, place: int) -> float:
         row = self.timeline.table_M[place]
@@ -137,8 +141,11 @@ class Calendar:
         return self._held(place) * self.schedule.staleness_weight(behind)
 
     @cached_property
-    def _most_held(self) -> int:
-        return int(self.timeline.table_M["held"].max(initial=1))
+    def _full(self) -> float:
+        """The local steps from which on a message counts whole."""
+        table_M = self.timeline.table_M
+        held = table_M["held"][table_M["status"] == Status.LANDED]
+        return max(1.0, 2 * float(np.median(held))) if len(held) else 1.0
 
     @cached_property
     def _slots(self) -> dict[int, int]:

@@ -18,9 +18,9 @@ from fedjax_llm.privacy import PrivacyPlan
 from fedjax_llm.training import ExamplePrivacy, LocalTraining
 
 LENGTH = 24
-# Rules, one of each kind: one side, two sums, own weights, kept sides, stacks. The others
+# Rules, one of each kind: one side, two sums, kept sides, stacks. The others
 # have the same code between them and the federation; what is long is only drilled with them.
-KINDS = {"ffa", "fedask", "hetlora", "fedsa", "flora"}
+KINDS = {"ffa", "fedask", "fedsa", "flora"}
 SIZES = {"north": 20, "south": 32, "west": 26}
 CONFIG = DecoderConfig.from_hf(
     {

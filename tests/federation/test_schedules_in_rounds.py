@@ -216,7 +216,7 @@ def test_a_run_that_stops_goes_on_with_what_is_under_way(build, schedule):
         assert np.array_equal(a, b)
 
 
-@pytest.mark.parametrize("schedule", drilled("FedBuff", "Streaming(fragments=3"))
+@pytest.mark.parametrize("schedule", drilled("FedBuff"))
 def test_the_loss_falls(build, schedule):
     federation = build(schedule, rounds=12)
     state, _ = run(federation, 12)

@@ -170,8 +170,8 @@ def test_a_model_makes_a_speed_of_flops(tmp_path: Path):
         (
             "compute = { tokens_per_second = 5, peak_tflops = 2 }",
             "",
-            "q.toml:10: [clouds.eu] compute.peak_tflops does not go together with tokens_per_second; "
-            "remove one",
+            "q.toml:10: [clouds.eu] compute.peak_tflops does not go together with "
+            "tokens_per_second; remove one",
         ),
         (
             "compute = { memory_gib = 5 }",
