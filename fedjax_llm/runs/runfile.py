@@ -73,7 +73,7 @@ def _check_rule(run_file: RunFile, data: dict[str, Any], where: Where) -> None:
     """The rule exists, and goes together with everything else that is asked for."""
     # Imported here: it brings JAX, which those who only want the classes need not wait for.
     from fedjax_llm.aggregation import RULES
-    from fedjax_llm.runs import build
+    from fedjax_llm.runs import together
 
     key: toml_errors.Path = ("aggregation", "rule")
     name, sum_name = run_file.aggregation.rule, run_file.secure.sum
@@ -102,7 +102,7 @@ def _check_rule(run_file: RunFile, data: dict[str, Any], where: Where) -> None:
                 "`fedjax-llm rules`"
             )
     try:
-        build.check_together(run_file)
+        together.check_together(run_file)
     except FedJaxError as error:
         raise type(error)(f"{where(('aggregation',))}: {error}") from None
 
