@@ -243,6 +243,7 @@ def _recipe(
         and not rule.kept
         and not roster.weights.normalises_steps,
         ranks_differ=any(own != settings.lora.rank for own in roster.ranks),
+        steps_differ=bool((roster.steps_K != settings.training.steps).any()),
         replicas=replicas,
         compressor=compressor,
     )

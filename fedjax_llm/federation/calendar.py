@@ -16,6 +16,9 @@ from fedjax_llm.clouds.money import Bill, bill
 from fedjax_llm.clouds.schedules import Schedule
 from fedjax_llm.clouds.timeline import Status, Timeline
 
+# What a message with few local steps counts at least, over one with many.
+_LEAST_COUNT = 0.25
+
 
 @dataclass(frozen=True)
 class Wave:
@@ -49,7 +52,7 @@ class Landing:
     Attributes:
         lands_K: whose.
         slot_K: int32, where each is kept.
-        factor_K: float32, what each counts before its age is seen: local steps over the most.
+        factor_K: float32, what each counts before its age is seen: by its local steps.
     """
 
     lands_K: NDArray[np.bool_]
@@ -126,14 +129,18 @@ class Calendar:
         return np.array([by_cloud.get(cloud, 0) for cloud in self.cloud_K], dtype)
 
     def _held(self, place: int) -> float:
-        """Local steps in a message, over twice those of an ordinary one; at most 1.
+        """Local steps in a message, over twice those of an ordinary one so far; 1/4 to 1.
 
         At most 1, as the privacy plan has it; and not over the most in any message, which one cloud
-        that was away for long would make so large that fixed point loses all others.
+        that was away for long would make so large that fixed point loses all others. At least 1/4,
+        since what lands is divided by the sum of these: a step of short messages alone would be
+        divided by next to nothing, and the rounding and the noise in its sum with it.
         """
         if not self.schedule.replicas:
             return 1.0
-        return min(1.0, float(self.timeline.table_M["held"][place]) / self._full)
+        row = self.timeline.table_M[place]
+        whole = 2 * self._ordinary[int(row["lands"])]
+        return min(1.0, max(_LEAST_COUNT, float(row["held"]) / whole))
 
     def _factor(self, place: int) -> float:
         row = self.timeline.table_M[place]
@@ -141,11 +148,20 @@ class Calendar:
         return self._held(place) * self.schedule.staleness_weight(behind)
 
     @cached_property
-    def _full(self) -> float:
-        """The local steps from which on a message counts whole."""
+    def _ordinary(self) -> dict[int, float]:
+        """Local steps in an ordinary message, by the step that it lands in.
+
+        The median of those that have landed before, which is what a cloud can know when it sends;
+        of the first step's own, where there are none.
+        """
         table_M = self.timeline.table_M
-        held = table_M["held"][table_M["status"] == Status.LANDED]
-        return max(1.0, 2 * float(np.median(held))) if len(held) else 1.0
+        landed = table_M[table_M["status"] == Status.LANDED]
+        found = {}
+        for step in np.unique(landed["lands"]).tolist():
+            before = landed["held"][landed["lands"] < step]
+            own = landed["held"][landed["lands"] == step]
+            found[step] = max(1.0, float(np.median(before if len(before) else own)))
+        return found
 
     @cached_property
     def _slots(self) -> dict[int, int]:

@@ -148,6 +148,7 @@ class Client:
         normalised: each message is divided by its length, or None.
         alike: messages are sent without their weight, because the server reads each.
         ranks_differ: whether some clients train fewer ranks than the adapter has.
+        steps_differ: whether some take fewer local steps than others.
         replicas: how clients go on from their own copy; None where they do not.
         compressor: how messages are shortened; None where they are sent whole.
     """
@@ -161,6 +162,7 @@ class Client:
     normalised: NormalisedMean | None
     alike: bool
     ranks_differ: bool
+    steps_differ: bool = False
     replicas: Replicas | None = None
     compressor: Compressor | None = None
 
@@ -179,7 +181,8 @@ class Client:
             return self.row_loss(shared.base, adapter, row)
 
         optimizer = client.state.optimizer[phase]
-        if rule.new_coordinates:
+        anew = begins_anew(rule, self.training)
+        if anew:
             optimizer = optimizer_init(self.training.optimizer, before)
         correction: PyTree = ()
         if self.training.drift.control:
@@ -193,7 +196,7 @@ class Client:
             client.table,
             key_for(shared.seed, Purpose.EXAMPLE_SAMPLING, client.turn, client.place),
             key_for(shared.seed, Purpose.LOCAL_NOISE, client.turn, client.place),
-            client.steps,
+            client.steps if self.steps_differ else None,
             correction,
             NoiseStream(
                 (client.turn - jnp.int32(1)) * jnp.int32(self.training.steps),
@@ -205,9 +208,7 @@ class Client:
         after = limited(trained.trainable)
         kept = subset(after, rule.kept) if rule.kept else {}
         state = ClientState(
-            _replaced(
-                client.state.optimizer, phase, () if rule.new_coordinates else trained.optimizer
-            ),
+            _replaced(client.state.optimizer, phase, () if anew else trained.optimizer),
             kept,
             client.state.control,
             client.state.noise,
@@ -355,6 +356,11 @@ class Client:
         start = self.rule.start(self.round(shared), client.rank)
         kept = client.state.kept
         return {name: sides | kept.get(name, {}) for name, sides in start.items()}
+
+
+def begins_anew(rule: AggregationRule, training: LocalTraining) -> bool:
+    """Whether a client's optimiser begins anew in every round."""
+    return rule.new_coordinates or not training.keeps_optimizer
 
 
 def _replaced(states: tuple[PyTree, ...], phase: int, state: PyTree) -> tuple[PyTree, ...]:

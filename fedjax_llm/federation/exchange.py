@@ -163,6 +163,12 @@ class Ledger:
         """Returns a ledger in which no cloud has sent or received anything."""
         return cls(dict.fromkeys(names, 0), dict.fromkeys(names, 0))
 
+    def add(self, sent: Sequence[int] = (), received: Sequence[int] = ()) -> None:
+        """Adds bytes of each cloud, in the order of the names."""
+        for total, bytes_ in ((self.sent, sent), (self.received, received)):
+            for name, more in zip(total, bytes_, strict=False):
+                total[name] += more
+
 
 class _Metered:
     """An upload that counts its bytes and the time it takes to make them."""

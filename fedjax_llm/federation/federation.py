@@ -315,16 +315,20 @@ class Federation:
         state: FederationState,
         on_stage: OnStage = lambda stage: None,
         before_opening: BeforeOpening = lambda number, clouds: None,
+        *,
+        donate: bool = False,
     ) -> tuple[FederationState, RoundReport]:
         """Runs one round: broadcast, local training, sum, server step.
 
         Args:
-            state: after the round before; it stays valid.
+            state: after the round before; it stays valid unless it is donated.
             on_stage: called with the name of each stage as it begins.
             before_opening: called with the round and the clouds that send, before the first sum of
                 a round between clouds. Messages of a round repeat, so that two totals of one round
                 over different clouds would tell their difference: whoever may run a round again in
                 another process records this, and raises where the clouds differ.
+            donate: whether the memory of `state` may be used again, by which a round of many
+                clients that carry much takes half of it. Taken up where a round is one program.
 
         Raises:
             UserError: no cloud is online, or training diverged in a client. With privacy unit
@@ -365,29 +369,25 @@ class Federation:
             inverse = jnp.float32(1 / self.roster.divisor(lands_K, self._recipe.sums_weights))
             given = (programs, state.globals, clients, inverse, number, ledger)
             if self._hidden is None:
-                outcome = self._road.plain(*given)
+                outcome = self._road.plain(*given, donate)
             else:
                 outcome = self._road.hidden(
                     *given, self._hidden, senders, online, on_stage, before_opening
                 )
-        for cloud, name in enumerate(self.names):
-            if self._hidden is None:
-                ledger.sent[name] += self._sizes.up(phase, cloud, lands_K.tolist())
-            ledger.received[name] += self._sizes.down(phase, cloud, lands_K.tolist())
+        if self._hidden is None:
+            ledger.add(sent=self._sizes.up(phase, lands_K))
+        ledger.add(received=self._sizes.down(phase, lands_K))
         new = outcome.applied.state
         new_state = FederationState(
             jnp.int32(number),
-            *_on_first_device((new.server, _own(outcome.clients, len(self.participants)))),
-            *_on_first_device(
-                (
-                    new.control,
-                    new.combine,
-                    new.noise,
-                    new.clip,
-                    new.compression,
-                    outcome.pending,
-                )
-            ),
+            new.server,
+            self.layout.collect(outcome.clients),
+            new.control,
+            new.combine,
+            new.noise,
+            new.clip,
+            new.compression,
+            outcome.pending,
         )
         return new_state, report(
             number=number,
@@ -449,16 +449,6 @@ class Federation:
 
 
 _with_residual = jax.jit(add_dense)
-
-
-def _own(states: PyTree, count: int) -> PyTree:
-    """The clients' states without padding."""
-    return jax.tree.map(lambda leaf: leaf[:count], states)
-
-
-def _on_first_device(tree: PyTree) -> PyTree:
-    """Takes one copy of a replicated tree, so that a state does not depend on the devices."""
-    return jax.tree.map(lambda leaf: jnp.asarray(jax.device_get(leaf)), tree)
 
 
 def _seeds(seed: int, noise_key: jax.Array | None, plan: PrivacyPlan) -> jax.Array | Seeds:

@@ -75,12 +75,10 @@ class Outlook:
         phase = self.settings.rule.phase(step)
         here_K = roster.reachable(step)
         lands_K = here_K & self.calendar.landing(step).lands_K
-        landed, online = lands_K.tolist(), roster.clouds_online(here_K)
-        senders = roster.clouds_online(lands_K)
-        places = range(len(roster.names))
-        down = [sizes.down(phase, cloud, landed) for cloud in places]
+        online, senders = roster.clouds_online(here_K), roster.clouds_online(lands_K)
+        down = sizes.down(phase, lands_K)
         if self.sums is None:
-            return [sizes.up(phase, cloud, landed) for cloud in places], down
+            return sizes.up(phase, lands_K), down
         opening, count = self.sums.opening(), len(self.parts.codecs[phase])
         count += self.parts.recipe.sums_weights
         # Which clouds answer first moves no total.

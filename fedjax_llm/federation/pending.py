@@ -48,7 +48,7 @@ def step(
     Raises:
         UserError: training diverged in a client, see `Road.check`.
     """
-    number, count = int(state.round) + 1, len(roster.participants)
+    number = int(state.round) + 1
     shared = road.layout.replicate(state.globals)
     where = (road.seed, jnp.int32(number))
     clients, pending = state.clients, road.layout.replicate(state.pending)
@@ -63,7 +63,7 @@ def step(
         road.check(message, number)
         pending = programs.kept(pending, message.ints_P, wave.slot_K, wave.sends_K)
         carried = remembered(local.state, message)
-        clients = jax.tree.map(lambda leaf: leaf[:count], carried)
+        clients = road.layout.collect(carried)
         metrics_K = jax.tree.map(jnp.add, metrics_K, local.metrics)
         norm_K = np.maximum(norm_K, np.asarray(message.norm))
     ledger.seconds["train"] = time.perf_counter() - started

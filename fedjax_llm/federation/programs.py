@@ -5,15 +5,18 @@
 
 A rule of two stages, or weights that follow from results, put one more sum between the two. The
 pieces are the same functions on both roads, kept apart by optimisation barriers where they share a
-program, so that XLA cannot fuse across a sum and both end in the same bytes.
+program, so that XLA cannot fuse across a sum and both end in the same bytes. Where only a sum is
+wanted it grows while the clients follow each other, and no message outlives its group.
 
 Notation: K' clients with padding, P numbers of a message.
 """
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from fedjax_llm.federation.cohort import Client, ClientInputs, ClientState, Local, Shared
@@ -24,6 +27,9 @@ from fedjax_llm.federation.server import Server
 from fedjax_llm.lora import add_dense
 
 PyTree = Any
+# How messages leave the clients' part of a program: each by itself, added up as the server wants
+# them (in all or by group), or by cloud.
+Summed = Literal["each", "server", "cloud"]
 
 
 class RoundPrograms:
@@ -48,18 +54,20 @@ class RoundPrograms:
             recipe.normalised,
             recipe.reads_messages,
             recipe.ranks_differ,
+            recipe.steps_differ,
             recipe.replicas,
             recipe.compressor,
         )
         self.train = jax.jit(self._train)
-        self.train_and_send = jax.jit(self._train_and_send)
+        self.train_and_send = jax.jit(self._train_and_send, static_argnames="summed")
         self.weigh = jax.jit(self._weigh)
-        self.send = jax.jit(self._send, static_argnums=0)
+        self.send = jax.jit(self._send, static_argnums=0, static_argnames="summed")
         self.between = jax.jit(self._server.between, static_argnums=0)
         self.by_cloud = jax.jit(self._server.by_cloud)
         self.inverse_weight = jax.jit(_inverse_weight)
         self.apply = jax.jit(self._apply)
         self.round = jax.jit(self._round)
+        self.last_round = jax.jit(self._round, donate_argnums=(1, 2))
         self.kept = jax.jit(_kept)
         self.landed = jax.jit(_landed)
         self.total = jax.jit(self._server.total)
@@ -74,6 +82,18 @@ class RoundPrograms:
         """Whether what clients trained is read again after their first message."""
         recipe = self._recipe
         return recipe.sums_weights or self.stages > 1 or recipe.measures_error
+
+    @property
+    def leaves_cloud(self) -> Summed:
+        """How messages are summed inside the clouds, before a sum between them."""
+        recipe = self._recipe
+        several = len(set(recipe.clouds)) < len(recipe.clouds)
+        return "cloud" if several and recipe.attackers is None else "each"
+
+    @property
+    def _reaches_server(self) -> Summed:
+        recipe = self._recipe
+        return "each" if recipe.reads_messages or recipe.attackers is not None else "server"
 
     # What clients do.
 
@@ -106,6 +126,7 @@ class RoundPrograms:
         clients: ClientInputs,
         seed: jax.Array,
         number: jax.Array,
+        summed: Summed = "each",
     ) -> tuple[Local, EncodedMessage]:
         """Training and the message of the first stage; no float of it outlives its client."""
         shared = self._shared(base, state, number, seed)
@@ -126,7 +147,44 @@ class RoundPrograms:
             return nothing, (local, message._replace(memory=client.state.memory))
 
         may_idle = self._client.may_idle
-        return self._recipe.layout.map_clients(one, idle if may_idle else None)(shared, clients)
+        local, message = self._sent(one, idle if may_idle else None, summed)(shared, clients)
+        # Read on the host, which may hold some of the devices only.
+        everywhere = self._recipe.layout.everywhere
+        local = local._replace(metrics=everywhere(local.metrics))
+        return local, message._replace(norm=everywhere(message.norm))
+
+    def _sent(
+        self,
+        one: Callable[..., tuple[PyTree, EncodedMessage]],
+        idle: Callable[[PyTree, PyTree], tuple[jax.Array, PyTree]] | None,
+        summed: Summed,
+    ) -> Callable[..., tuple[PyTree, EncodedMessage]]:
+        """Of all clients, from `(shared, client) -> (result, message)`.
+
+        The integers are [K', P], or sums: [P] in all, [G, P] by group, [C, P] by cloud.
+        """
+        layout = self._recipe.layout
+        if summed == "each":
+            return layout.map_clients(one, idle)
+        part_of = self._recipe.clouds if summed == "cloud" else self._recipe.groups
+
+        def split(shared: PyTree, client: PyTree) -> tuple[PyTree, jax.Array]:
+            result, message = one(shared, client)
+            return (result, message._replace(ints_P=_no_ints())), message.ints_P
+
+        def idle_split(client: PyTree, shapes: PyTree) -> tuple[jax.Array, PyTree]:
+            assert idle is not None
+            (result, message), ints_P = shapes
+            nothing, (result, message) = idle(client, (result, message._replace(ints_P=ints_P)))
+            return nothing, ((result, message._replace(ints_P=_no_ints())), message.ints_P)
+
+        def of_all(shared: PyTree, clients: PyTree) -> tuple[PyTree, EncodedMessage]:
+            part_K, parts = _padded_parts(part_of, layout.padded)
+            mapped = layout.sum_clients(split, parts, idle_split if idle else None)
+            (results, message), sums_CxP = mapped(shared, clients, part_K)
+            return results, message._replace(ints_P=sums_CxP[0] if part_of is None else sums_CxP)
+
+        return of_all
 
     def _weigh(
         self,
@@ -151,6 +209,7 @@ class RoundPrograms:
         sums: Sums,
         seed: jax.Array,
         number: jax.Array,
+        summed: Summed = "each",
     ) -> EncodedMessage:
         layout, client = self._recipe.layout, self._client
         shared = self._shared({}, state, number, seed)
@@ -159,11 +218,14 @@ class RoundPrograms:
 
             def one(
                 everything: tuple[Shared, Sums], pair: tuple[ClientInputs, Local]
-            ) -> EncodedMessage:
+            ) -> tuple[tuple[()], EncodedMessage]:
                 shared, sums = everything
-                return client.send(stage, shared, *pair, sums.public, sums.inverse_weight)
+                return (), client.send(stage, shared, *pair, sums.public, sums.inverse_weight)
 
-            return layout.map_clients(one)((shared, sums), (clients, local))
+            message: EncodedMessage = self._sent(one, None, summed)(
+                (shared, sums), (clients, local)
+            )[1]
+            return message._replace(norm=layout.everywhere(message.norm))
 
         def honest(
             everything: tuple[Shared, Sums], pair: tuple[ClientInputs, Local]
@@ -234,13 +296,24 @@ class RoundPrograms:
         self,
         base: PyTree,
         state: Global,
+        own: ClientState,
         clients: ClientInputs,
         inverse: jax.Array,
         seed: jax.Array,
         number: jax.Array,
     ) -> tuple[Applied, Local, EncodedMessage, jax.Array]:
-        """A whole round: the server, what clients carry on, norms, and limbs of weights."""
+        """A whole round: the server, what clients carry on, norms, and limbs of weights.
+
+        `own` is what `clients` carry, by itself so that it can be given away.
+        """
         barrier = jax.lax.optimization_barrier
+        clients, summed = clients._replace(state=own), self._reaches_server
+
+        def total_of(message: EncodedMessage) -> jax.Array:
+            if summed == "each":
+                return barrier(self._server.total(message.ints_P))
+            return barrier(message.ints_P)
+
         sums = Sums()
         limbs_Kx4 = jnp.zeros((0, WeightCodec.LIMBS), jnp.int32)
         if self._recipe.sums_weights:
@@ -248,19 +321,19 @@ class RoundPrograms:
             limbs_Kx4 = barrier(self._weigh(state, clients, local, seed, number))
             total_4 = barrier(jnp.sum(limbs_Kx4, axis=0, dtype=jnp.int32))
             sums = Sums(inverse_weight=barrier(_inverse_weight(total_4)))
-            sent = barrier(self._send(0, state, clients, local, sums, seed, number))
+            sent = barrier(self._send(0, state, clients, local, sums, seed, number, summed))
         else:
-            local, sent = barrier(self._train_and_send(base, state, clients, seed, number))
+            local, sent = barrier(self._train_and_send(base, state, clients, seed, number, summed))
         first = sent
         for stage in range(1, self.stages):
-            total_P = barrier(self._server.total(sent.ints_P))
+            total_P = total_of(sent)
             public = barrier(self._server.between(stage - 1, total_P, inverse, state, seed, number))
             sums = sums._replace(public=public)
-            sent = barrier(self._send(stage, state, clients, local, sums, seed, number))
-        total = barrier(self._server.total(sent.ints_P))
+            sent = barrier(self._send(stage, state, clients, local, sums, seed, number, summed))
+        total = total_of(sent)
         applied = self._apply(total, inverse, state, clients, local, sums, seed, number)
         # The individual messages and results stay inside the program.
-        first = first._replace(ints_P=jnp.zeros((0,), jnp.int32), memory=())
+        first = first._replace(ints_P=_no_ints(), memory=())
         local = local._replace(after={}, control=(), state=remembered(local.state, sent))
         return applied, local, first, limbs_Kx4
 
@@ -268,6 +341,20 @@ class RoundPrograms:
 def remembered(clients: ClientState, message: EncodedMessage) -> ClientState:
     """What clients carry on after their last message of a round."""
     return clients._replace(memory=message.memory)
+
+
+def _no_ints() -> jax.Array:
+    """In the place of integers that have been added up."""
+    return jnp.zeros((), jnp.int32)
+
+
+def _padded_parts(part_of: Sequence[int] | None, padded: int) -> tuple[jax.Array, int]:
+    """To which sum each of K' clients adds, int32, and how many sums there are."""
+    part_K = np.zeros(padded, np.int32)
+    if part_of is None:
+        return jnp.asarray(part_K), 1
+    part_K[: len(part_of)] = part_of
+    return jnp.asarray(part_K), max(part_of) + 1
 
 
 def _kept(

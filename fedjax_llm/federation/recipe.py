@@ -106,6 +106,7 @@ class Recipe:
         expected: clients expected to take part in a round, a public number.
         sums_weights: whether weights are summed before messages are sent.
         ranks_differ: whether some clients train fewer ranks than the adapter has.
+        steps_differ: whether some take fewer local steps than others.
         measures_error: whether the aggregation error is measured.
         replicas: how clients go on from their own copy; None where each cycle begins with the
             global model.
@@ -129,6 +130,7 @@ class Recipe:
     sums_weights: bool
     measures_error: bool
     ranks_differ: bool
+    steps_differ: bool
     replicas: Replicas | None = None
     compressor: Compressor | None = None
 

@@ -74,12 +74,24 @@ class Road:
         inverse: jax.Array,
         number: int,
         ledger: Ledger,
+        donate: bool,
     ) -> Outcome:
-        """All of a round as one program."""
+        """All of a round as one program.
+
+        With `donate` it may write over `state` and what `clients` carry.
+        """
         started = time.perf_counter()
-        where = (self.seed, jnp.int32(number))
+        program = programs.last_round if donate else programs.round
         applied, local, message, limbs_Kx4 = jax.block_until_ready(
-            programs.round(self.base, self.layout.replicate(state), clients, inverse, *where)
+            program(
+                self.base,
+                self.layout.replicate(state),
+                clients.state,
+                clients._replace(state=ClientState((), {}, ())),
+                inverse,
+                self.seed,
+                jnp.int32(number),
+            )
         )
         if self.sums_weights:
             self._check_weights(limbs_Kx4, number)
@@ -107,8 +119,11 @@ class Road:
         a_round = programs.stages + self.sums_weights
         numbers = iter(range((number - 1) * a_round + 1, number * a_round + 1))
 
-        def total(ints_KxP: jax.Array, codec: Codec) -> jax.Array:
-            ints_CxP = programs.by_cloud(ints_KxP)
+        summed = programs.leaves_cloud
+
+        def total(ints_CxP: jax.Array, codec: Codec, by_cloud: bool) -> jax.Array:
+            if not by_cloud:
+                ints_CxP = programs.by_cloud(ints_CxP)
             found = sums.total(codec, ints_CxP, senders, online, next(numbers), ledger, on_stage)
             return jnp.asarray(found, jnp.int32)
 
@@ -120,26 +135,26 @@ class Road:
             self._check_weights(limbs_Kx4, number)
             ledger.seconds["train"] = time.perf_counter() - started
             before_opening(number, senders)
-            known = Sums(programs.inverse_weight(total(limbs_Kx4, WeightCodec)))
-            message = programs.send(0, shared, clients, local, known, *where)
+            known = Sums(programs.inverse_weight(total(limbs_Kx4, WeightCodec, False)))
+            message = programs.send(0, shared, clients, local, known, *where, summed=summed)
             self.check(message, number)
         else:
             local, message = jax.block_until_ready(
-                programs.train_and_send(self.base, shared, clients, *where)
+                programs.train_and_send(self.base, shared, clients, *where, summed=summed)
             )
             ledger.seconds["train"] = time.perf_counter() - started
             self.check(message, number)
             before_opening(number, senders)
         first = message
         for stage, codec in enumerate(programs.codecs[:-1]):
-            summed = total(message.ints_P, codec)
-            public = programs.between(stage, summed, inverse, shared, *where)
+            opened = total(message.ints_P, codec, summed == "cloud")
+            public = programs.between(stage, opened, inverse, shared, *where)
             known = known._replace(public=public)
-            message = programs.send(stage + 1, shared, clients, local, known, *where)
-        summed = total(message.ints_P, programs.codecs[-1])
+            message = programs.send(stage + 1, shared, clients, local, known, *where, summed=summed)
+        opened = total(message.ints_P, programs.codecs[-1], summed == "cloud")
         started = time.perf_counter()
         applied = jax.block_until_ready(
-            programs.apply(summed, inverse, shared, clients, local, known, *where)
+            programs.apply(opened, inverse, shared, clients, local, known, *where)
         )
         ledger.seconds["apply"] = time.perf_counter() - started
         return Outcome(applied, remembered(local.state, message), local.metrics, first.norm)

@@ -90,7 +90,14 @@ class Roster:
 
     def members(self, cloud: int) -> list[int]:
         """The places of a cloud's clients."""
-        return [k for k, own in enumerate(self.cloud_K) if own == cloud]
+        return self._members[cloud]
+
+    @cached_property
+    def _members(self) -> list[list[int]]:
+        found: list[list[int]] = [[] for _ in self.clouds]
+        for k, cloud in enumerate(self.cloud_K):
+            found[cloud].append(k)
+        return found
 
     def place_of(self, cloud: str) -> int:
         """The place of a cloud's first client.
@@ -208,5 +215,5 @@ class Roster:
             "fresh": wave.fresh_K,
             "merged": wave.merged_KxP,
         }
-        state = self._layout.shard(jax.device_get(own))
+        state = self._layout.spread(own)
         return ClientInputs(table=self._tables, state=state, **self._layout.shard(known))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from fedjax_llm.aggregation import AggregationRule, ServerState
 from fedjax_llm.aggregation.part import subset
 from fedjax_llm.aggregation.robust import Combine, GroupRobust
-from fedjax_llm.federation.cohort import ClientState
+from fedjax_llm.federation.cohort import ClientState, begins_anew
 from fedjax_llm.federation.compressor import Compressor
 from fedjax_llm.federation.keys import Purpose, Seeds, key_for
 from fedjax_llm.federation.recipe import Global
@@ -91,7 +91,7 @@ def init_state(
         control = tuple(jax.tree.map(jnp.zeros_like, part) for part in phases)
     client = ClientState(
         tuple(
-            () if rule.new_coordinates else optimizer_init(training.optimizer, part)
+            () if begins_anew(rule, training) else optimizer_init(training.optimizer, part)
             for part in phases
         ),
         kept,

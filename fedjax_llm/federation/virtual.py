@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
+import numpy as np
 
 from fedjax_llm.clouds.compute import Compute, training_flops
 from fedjax_llm.clouds.schedules import Schedule
@@ -17,7 +18,7 @@ from fedjax_llm.federation.planned_sums import PlannedSums
 from fedjax_llm.federation.roster import Roster
 from fedjax_llm.federation.wire_sizes import WireSizes
 from fedjax_llm.lora import Adapter
-from fedjax_llm.models import Model
+from fedjax_llm.models import Model, base_shapes
 from fedjax_llm.training import LocalTraining
 
 # A cloud that does not say what it computes with: one NVIDIA A100, whose datasheet gives
@@ -35,7 +36,8 @@ def flops_per_token(model: Model, adapter: Adapter, length: int, remat: bool) ->
         remat: whether activations are computed twice.
     """
     config = model.config
-    leaves = jax.tree.leaves(model.base)
+    # Quantised weights are computed with as if they were floats.
+    leaves = jax.tree.leaves(base_shapes(config))
     matrices = sum(math.prod(leaf.shape) for leaf in leaves)
     if not config.tie_embeddings:
         # The input embedding is looked up; tied, it is the output's matrix as well.
@@ -122,7 +124,11 @@ class Almanac:
 
     def _sites(self) -> list[Site]:
         """The clouds as the simulation sees them; made anew for each, as they count transfers."""
-        online = [True] * len(self._roster.participants)
+        online_K = np.ones(len(self._roster.participants), bool)
+        phases = range(len(self._codecs))
+        plain_PxC = [self._sizes.up(phase, online_K) for phase in phases]
+        down_PxC = [self._sizes.down(phase, online_K) for phase in phases]
+        whole_C = self._sizes.whole()
         sites = []
         for place, cloud in enumerate(self._roster.clouds):
             own = cloud.seeded(self._seed)
@@ -131,11 +137,10 @@ class Almanac:
             tokens = sum(steps) * self._training.batch_size * self._length
             sizes = []
             for phase, codecs in enumerate(self._codecs):
-                if self._hidden is None:
-                    up = self._sizes.up(phase, place, online)
-                else:
+                up = plain_PxC[phase][place]
+                if self._hidden is not None:
                     up = sum(self._hidden.upload_bytes(codec, own.name) for codec in codecs)
-                sizes.append(Size(self._sizes.down(phase, place, online), up))
+                sizes.append(Size(down_PxC[phase][place], up))
             sites.append(
                 Site(
                     own.name,
@@ -145,7 +150,7 @@ class Almanac:
                     compute.seconds(tokens) / max(steps),
                     max(steps),
                     sizes,
-                    self._sizes.whole(place),
+                    whole_C[place],
                     own.presence,
                 )
             )

@@ -4,12 +4,16 @@ With an encrypted sum the uploads are real and are counted chunk by chunk. Of a 
 nothing is sent, and of a broadcast nothing but shapes is known: a number counts 4 bytes.
 """
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
+from numpy.typing import NDArray
 
 from fedjax_llm.aggregation import AggregationRule, ServerState
 from fedjax_llm.compression import Fragment, count
@@ -78,54 +82,92 @@ class WireSizes:
     counts: bool = False
     packed: Packed | None = None
 
-    def up(self, phase: int, cloud: int, online: Sequence[bool]) -> int:
-        """What a cloud sends under a plain sum."""
-        members = self._members(cloud, online)
-        if self.packed is not None:
-            return self.packed.up if members else 0
-        sizes = [self.rule.uplink(self.server, phase, self.ranks[k]) for k in members]
-        numbers = sum(sizes) if self.apart else max(sizes, default=0)
-        if self.control and members:
-            numbers += self._control(phase)
-        if self.weighs and members:
-            numbers += WeightCodec.LIMBS
-        if self.counts and members:
-            numbers += 1
-        return _BYTES * numbers
+    def up(self, phase: int, online_K: NDArray[np.bool_]) -> list[int]:
+        """What each cloud sends under a plain sum."""
+        return [self._up(phase, ranks) for ranks in self._ranks_by_cloud(online_K)]
 
-    def down(self, phase: int, cloud: int, online: Sequence[bool]) -> int:
-        """What a cloud receives: the next adapter, and what the stages of a round need."""
-        members = self._members(cloud, online)
-        if not members:
+    def down(self, phase: int, online_K: NDArray[np.bool_]) -> list[int]:
+        """What each cloud receives: the next adapter, and what the stages of a round need."""
+        packed = None if self.packed is None else self.packed.down
+        adapters = self._adapters(phase, online_K) if packed is None else [packed] * self._count
+        here = self._ranks_by_cloud(online_K)
+        return [bytes_ if ranks else 0 for bytes_, ranks in zip(adapters, here, strict=True)]
+
+    def whole(self) -> list[int]:
+        """What each cloud receives that begins afresh."""
+        return self._adapters(0, np.ones(len(self.clouds), bool))
+
+    def _up(self, phase: int, ranks: Sequence[int]) -> int:
+        if not ranks:
             return 0
-        if self.packed is not None and self.packed.down is not None:
-            return self.packed.down
-        return self._adapter(phase, members, online)
-
-    def whole(self, cloud: int) -> int:
-        """What a cloud receives that begins afresh."""
-        online = [True] * len(self.clouds)
-        return self._adapter(0, self._members(cloud, online), online)
-
-    def _adapter(self, phase: int, members: Sequence[int], online: Sequence[bool]) -> int:
-        """The next adapter, and what the stages of a round need."""
-        ranks = tuple(rank for rank, here in zip(self.ranks, online, strict=True) if here)
-        # One download serves all clients of a cloud: the largest holds the others.
-        numbers = max(self.rule.downlink(self.server, phase, ranks, self.ranks[k]) for k in members)
-        answers = self.rule.messages(self.server, phase)[1]
-        numbers += sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(answers))
+        if self.packed is not None:
+            return self.packed.up
+        sizes = [self._uplink(phase, rank) for rank in ranks]
+        numbers = sum(sizes) if self.apart else max(sizes)
         if self.control:
             numbers += self._control(phase)
-        numbers += self.weighs + self.counts
-        return _BYTES * numbers
+        if self.weighs:
+            numbers += WeightCodec.LIMBS
+        return _BYTES * (numbers + self.counts)
 
-    def _members(self, cloud: int, online: Sequence[bool]) -> list[int]:
+    def _adapters(self, phase: int, online_K: NDArray[np.bool_]) -> list[int]:
+        """The next adapter, and what the stages of a round need, for each cloud."""
+        present = tuple(self._ranks_K[online_K].tolist())
+        numbers = self._answers(phase) + self.weighs + self.counts
+        if self.control:
+            numbers += self._control(phase)
+
+        @functools.cache
+        def adapter(rank: int) -> int:
+            return self.rule.downlink(self.server, phase, present, rank)
+
+        # One download serves all clients of a cloud: the largest holds the others.
         return [
-            k
-            for k, (own, here) in enumerate(zip(self.clouds, online, strict=True))
-            if own == cloud and here
+            _BYTES * (numbers + max(map(adapter, ranks), default=0))
+            for ranks in self._ranks_by_cloud(online_K)
         ]
 
+    def _ranks_by_cloud(self, online_K: NDArray[np.bool_]) -> list[list[int]]:
+        """The ranks of each cloud's clients that can be reached."""
+        found: list[list[int]] = [[] for _ in range(self._count)]
+        for k in np.flatnonzero(online_K).tolist():
+            found[self.clouds[k]].append(self.ranks[k])
+        return found
+
+    @cached_property
+    def _count(self) -> int:
+        return max(self.clouds) + 1
+
+    @cached_property
+    def _ranks_K(self) -> NDArray[np.int64]:
+        return np.array(self.ranks)
+
+    # What follows from shapes alone is traced once: a round asks for every client.
+
+    @cached_property
+    def _memory(self) -> dict[tuple[Any, ...], int]:
+        return {}
+
+    def _once(self, key: tuple[Any, ...], count_of: Callable[[], int]) -> int:
+        if key not in self._memory:
+            self._memory[key] = count_of()
+        return self._memory[key]
+
+    def _uplink(self, phase: int, rank: int) -> int:
+        return self._once(
+            ("uplink", phase, rank), lambda: self.rule.uplink(self.server, phase, rank)
+        )
+
+    def _answers(self, phase: int) -> int:
+        return self._once(
+            ("answers", phase), lambda: _numbers(self.rule.messages(self.server, phase)[1])
+        )
+
     def _control(self, phase: int) -> int:
-        part = self.rule.trainable(self.server, phase)
-        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(part))
+        return self._once(
+            ("control", phase), lambda: _numbers(self.rule.trainable(self.server, phase))
+        )
+
+
+def _numbers(tree: PyTree) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))

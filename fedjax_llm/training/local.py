@@ -56,12 +56,15 @@ class LocalTraining:
     """What every client does between two broadcasts.
 
     Attributes:
-        optimizer: the client's optax transformation; its state stays with the client.
+        optimizer: the client's optax transformation.
         steps: local optimiser steps a round, S; the most where clients take different numbers.
         batch_size: rows a step, B; the expected number where rows are Poisson-sampled.
         microbatch: rows whose activations are in memory at once, M.
         privacy: example-level clipping and noise, or None.
         drift: what keeps the clients from drifting apart.
+        keeps_optimizer: whether the optimiser's state stays with the client from round to round.
+            If not it begins anew, and memory does not grow with the clients by it: what many
+            clients that are seldom there need.
     """
 
     optimizer: optax.GradientTransformation
@@ -70,6 +73,7 @@ class LocalTraining:
     microbatch: int
     privacy: ExamplePrivacy | None = None
     drift: Drift = Drift()
+    keeps_optimizer: bool = True
 
 
 class ClientTable(NamedTuple):
@@ -151,8 +155,8 @@ def client_update(
         table: the client's rows.
         sampling_key: key of this client's choice of rows in this round.
         noise_key: key of this client's noise in this round.
-        steps: int32 scalar, how many of the steps this client takes; all if None. The others are
-            computed and leave no trace.
+        steps: int32 scalar, how many of the steps this client takes; all if None. In a batch of
+            clients all go on until the last is through, and the others' steps leave no trace.
         correction: like `trainable`, is added to every gradient (`Drift.control`); () for none.
         stream: for correlated noise, and for turns; a run begins in this round if None.
     """
@@ -193,20 +197,43 @@ def client_update(
         return kept._replace(noise=after.noise), metrics
 
     seen = jax.tree.map(jnp.zeros_like, trainable) if drift.control else ()
-    (trained, optimizer_state, seen, held, norm), metrics_S = jax.lax.scan(
-        step if steps is None else step_if_due,
-        _Carry(trainable, optimizer_state, seen, noise.state, noise.clip),
-        jnp.arange(training.steps),
-    )
+    start = _Carry(trainable, optimizer_state, seen, noise.state, noise.clip)
+    goes_on = training.privacy is not None and training.privacy.correlation is not None
+    if steps is None or goes_on:
+        (trained, optimizer_state, seen, held, norm), metrics_S = jax.lax.scan(
+            step if steps is None else step_if_due, start, jnp.arange(training.steps)
+        )
+        metrics = jax.tree.map(lambda m: jnp.sum(m, axis=0), metrics_S)
+    else:
+        (trained, optimizer_state, seen, held, norm), metrics = _until(step, start, steps)
     taken = jnp.float32(training.steps) if steps is None else steps.astype(jnp.float32)
     return Trained(
         trained,
         optimizer_state,
         jax.tree.map(lambda leaf: leaf / jnp.maximum(taken, jnp.float32(1)), seen),
-        jax.tree.map(lambda m: jnp.sum(m, axis=0), metrics_S),
+        metrics,
         held,
         norm,
     )
+
+
+def _until(
+    step: Callable[["_Carry", jax.Array], tuple["_Carry", ClientMetrics]],
+    start: "_Carry",
+    steps: jax.Array,
+) -> tuple["_Carry", ClientMetrics]:
+    """So many steps and no more, and the sum of what they measured.
+
+    Batched over clients it ends with the last of them, and keeps the others as they are.
+    """
+
+    def one(index: jax.Array, so_far: tuple[_Carry, ClientMetrics]) -> tuple[_Carry, ClientMetrics]:
+        carry, metrics = so_far
+        after, found = step(carry, index)
+        return after, jax.tree.map(jnp.add, metrics, found)
+
+    zeros = ClientMetrics(*(jnp.float32(0) for _ in ClientMetrics._fields))
+    return jax.lax.fori_loop(jnp.int32(0), steps, one, (start, zeros))
 
 
 class _Carry(NamedTuple):

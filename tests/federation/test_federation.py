@@ -23,6 +23,7 @@ from fedjax_llm.federation import (
     SumMode,
     Threshold,
 )
+from fedjax_llm.federation.cohort import ClientState
 from fedjax_llm.privacy import PrivacyPlan
 from fedjax_llm.training import ExamplePrivacy, LocalTraining
 
@@ -310,7 +311,8 @@ def test_no_transfer_to_the_host_inside_the_program_of_a_round(federate: Build) 
     scalars = (federation._seed, np.int32(1), np.float32(3))
     seed, number, divisor = federation.layout.replicate(scalars)
     program = federation._programs[0].round
-    arguments = (federation._base, server, clients, divisor, seed, number)
+    carried, clients = clients.state, clients._replace(state=ClientState((), {}, ()))
+    arguments = (federation._base, server, carried, clients, divisor, seed, number)
     jax.block_until_ready(program(*arguments))
     with jax.transfer_guard("disallow"):
         jax.block_until_ready(program(*arguments))
