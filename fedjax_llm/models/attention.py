@@ -3,8 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-# Finite, so that a row in which nothing may be seen gives a uniform average and never NaN.
-_MASKED = -1e30
+from fedjax_llm_kernels.attention import softmax_attention
 
 
 def attention_mask(
@@ -56,11 +55,15 @@ def attend(
     """
     batch, length, heads, width = q_BxTxHxK.shape
     groups = k_BxSxGxK.shape[2]
-    q_BxTxGxMxK = q_BxTxHxK.reshape(batch, length, groups, heads // groups, width)
-    scores_BxGxMxTxS = jnp.einsum(
-        "btgmk,bsgk->bgmts", q_BxTxGxMxK, k_BxSxGxK, preferred_element_type=jnp.float32
-    ) * jnp.float32(width**-0.5)
-    scores_BxGxMxTxS = jnp.where(mask_BxTxS[:, None, None], scores_BxGxMxTxS, jnp.float32(_MASKED))
-    weights_BxGxMxTxS = jax.nn.softmax(scores_BxGxMxTxS, axis=-1).astype(v_BxSxGxK.dtype)
-    out_BxTxGxMxK = jnp.einsum("bgmts,bsgk->btgmk", weights_BxGxMxTxS, v_BxSxGxK)
-    return out_BxTxGxMxK.reshape(batch, length, heads, width)
+    shared = heads // groups
+    q_BxTxGxMxK = q_BxTxHxK.reshape(batch, length, groups, shared, width)
+    # The queries that share a head of keys stand one after the other: M blocks of T.
+    q_BxGxNxK = q_BxTxGxMxK.transpose(0, 2, 3, 1, 4).reshape(batch, groups, -1, width)
+    out_BxGxNxK = softmax_attention(
+        q_BxGxNxK,
+        k_BxSxGxK.swapaxes(1, 2),
+        v_BxSxGxK.swapaxes(1, 2),
+        jnp.tile(mask_BxTxS, (1, shared, 1)),
+    )
+    out_BxGxMxTxK = out_BxGxNxK.reshape(batch, groups, shared, length, width)
+    return out_BxGxMxTxK.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, width)

@@ -4,7 +4,9 @@ The dense form writes an N x V matrix of logits, its softmax and its gradient: f
 and 49,152 words three times 201 MB. Here the vocabulary passes by in chunks, and each row keeps its
 running maximum and sum (the online log-sum-exp of arXiv 1805.02867) and, when the gradient is
 wanted, its running softmax-weighted mean of the unembedding rows, rescaled whenever the maximum
-grows (as in arXiv 2112.05682 with keys = values = unembedding).
+grows (as in arXiv 2112.05682 with keys = values = unembedding). In the XLA form a chunk of logits
+goes through memory; in the Pallas forms (`cross_entropy_pallas`) a tile of them never leaves the
+core.
 """
 
 import functools
@@ -13,16 +15,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from . import choice
+from .cross_entropy_pallas import gpu_pass, tpu_pass
+from .pallas_forms import Implementation, by_platform
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def chunked_cross_entropy(
-    hidden_NxD: jax.Array, unembed_VxD: jax.Array, targets_N: jax.Array, chunk: int = 4096
+    hidden_NxD: jax.Array,
+    unembed_VxD: jax.Array,
+    targets_N: jax.Array,
+    chunk: int = 4096,
+    implementation: Implementation | None = None,
 ) -> jax.Array:
     """Computes ``logsumexp(hidden @ unembed.T) - (hidden @ unembed.T)[target]`` for each row.
 
-    Memory is N x (chunk + 2 D) floats beside the arguments. The value costs one matrix product
-    with the unembedding; value and gradient together cost two (a dense or a recomputing version
-    costs two and three), because the gradient's softmax average is accumulated in the same pass.
+    Memory is N x (chunk + 2 D) floats beside the arguments (Pallas: N x 2 D). The value
+    costs one matrix product with the unembedding; value and gradient together cost two (a dense or
+    a recomputing version costs two and three), because the gradient's softmax average is
+    accumulated in the same pass.
 
     Differentiable once, in reverse mode, with respect to ``hidden`` only: the unembedding is
     frozen. A derivative with respect to the unembedding is refused with a ``TypeError`` while
@@ -37,30 +48,63 @@ def chunked_cross_entropy(
       hidden_NxD: Final activations, float32 or bfloat16.
       unembed_VxD: Frozen output embedding, of the same dtype.
       targets_N: int32 indices in [0, V).
-      chunk: Vocabulary rows per step; a static Python integer of at least 1.
+      chunk: Vocabulary rows per step of the XLA form; a static Python integer of at least 1.
+      implementation: "xla", "pallas", or None for what ``choice`` names for the device kind. The
+        forms add in different orders: they agree up to rounding, not bit for bit.
 
     Returns:
       nll_N: float32 nats.
 
     Raises:
-      ValueError: ``chunk`` is below 1.
+      ValueError: ``chunk`` is below 1, or the implementation is none.
       TypeError: A derivative with respect to ``unembed_VxD`` is asked for.
     """
-    nll_N, _ = _scan_vocabulary(hidden_NxD, unembed_VxD, targets_N, chunk, with_gradient=False)
+    nll_N, _ = _losses(
+        hidden_NxD, unembed_VxD, targets_N, chunk, implementation, with_gradient=False
+    )
     return nll_N
 
 
-def _scan_vocabulary(
+def _losses(
     hidden_NxD: jax.Array,
     unembed_VxD: jax.Array,
     targets_N: jax.Array,
     chunk: int,
+    implementation: Implementation | None,
     *,
     with_gradient: bool,
 ) -> tuple[jax.Array, jax.Array | None]:
     """The loss of each row and, if asked, its gradient with respect to the row of hidden."""
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
+    if choice.of("cross_entropy", implementation) == "pallas":
+        lse_Nx1, *means = by_platform(
+            functools.partial(tpu_pass, with_gradient=with_gradient),
+            functools.partial(gpu_pass, with_gradient=with_gradient),
+            hidden_NxD,
+            unembed_VxD,
+        )
+        lse_N, mean_NxD = lse_Nx1[:, 0], means[0] if means else None
+    else:
+        lse_N, mean_NxD = _scan_vocabulary(
+            hidden_NxD, unembed_VxD, chunk, with_gradient=with_gradient
+        )
+    # Negative indices would wrap around; the fill makes every wrong target visible as NaN.
+    targets_N = jnp.where(targets_N < 0, unembed_VxD.shape[0], targets_N)
+    target_NxD = jnp.take(unembed_VxD, targets_N, axis=0, mode="fill", fill_value=jnp.nan)
+    target_logit_N = jnp.einsum(
+        "nd,nd->n", hidden_NxD, target_NxD, preferred_element_type=jnp.float32
+    )
+    nll_N = lse_N - target_logit_N
+    if mean_NxD is None:
+        return nll_N, None
+    return nll_N, mean_NxD - target_NxD.astype(jnp.float32)
+
+
+def _scan_vocabulary(
+    hidden_NxD: jax.Array, unembed_VxD: jax.Array, chunk: int, *, with_gradient: bool
+) -> tuple[jax.Array, jax.Array | None]:
+    """The log-sum-exp of each row and, if asked, the weighted mean of the unembedding rows."""
     rows, width = hidden_NxD.shape
     vocabulary = unembed_VxD.shape[0]
     chunk = min(chunk, vocabulary)
@@ -101,21 +145,16 @@ def _scan_vocabulary(
     if rest:
         carry = absorb(carry, unembed_VxD[full_chunks * chunk :])
     max_N, sum_N, mean_NxD = carry
-
-    # Negative indices would wrap around; the fill makes every wrong target visible as NaN.
-    targets_N = jnp.where(targets_N < 0, vocabulary, targets_N)
-    target_NxD = jnp.take(unembed_VxD, targets_N, axis=0, mode="fill", fill_value=jnp.nan)
-    target_logit_N = jnp.einsum(
-        "nd,nd->n", hidden_NxD, target_NxD, preferred_element_type=jnp.float32
-    )
-    nll_N = max_N + jnp.log(sum_N) - target_logit_N
-    if mean_NxD is None:
-        return nll_N, None
-    return nll_N, mean_NxD / sum_N[:, None] - target_NxD.astype(jnp.float32)
+    lse_N = max_N + jnp.log(sum_N)
+    return lse_N, None if mean_NxD is None else mean_NxD / sum_N[:, None]
 
 
 def _forward(
-    hidden_NxD: Any, unembed_VxD: Any, targets_N: Any, chunk: int
+    hidden_NxD: Any,
+    unembed_VxD: Any,
+    targets_N: Any,
+    chunk: int,
+    implementation: Implementation | None,
 ) -> tuple[jax.Array, jax.Array]:
     # With symbolic_zeros every argument arrives with a flag: is a derivative asked for?
     if unembed_VxD.perturbed:
@@ -123,17 +162,22 @@ def _forward(
             "chunked_cross_entropy has no derivative with respect to unembed_VxD, which it takes "
             "as frozen; apply jax.lax.stop_gradient to it"
         )
-    nll_N, gradient_NxD = _scan_vocabulary(
-        hidden_NxD.value, unembed_VxD.value, targets_N.value, chunk, with_gradient=True
+    nll_N, gradient_NxD = _losses(
+        hidden_NxD.value,
+        unembed_VxD.value,
+        targets_N.value,
+        chunk,
+        implementation,
+        with_gradient=True,
     )
     assert gradient_NxD is not None
     return nll_N, gradient_NxD.astype(hidden_NxD.value.dtype)
 
 
 def _backward(
-    chunk: int, gradient_NxD: jax.Array, cotangent_N: Any
+    chunk: int, implementation: Implementation | None, gradient_NxD: jax.Array, cotangent_N: Any
 ) -> tuple[jax.Array, None, None]:
-    del chunk
+    del chunk, implementation
     if not isinstance(cotangent_N, jax.Array):
         return jnp.zeros_like(gradient_NxD), None, None
     return cotangent_N[:, None].astype(gradient_NxD.dtype) * gradient_NxD, None, None
