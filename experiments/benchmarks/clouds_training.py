@@ -90,8 +90,8 @@ def trace(
 def bytes_to_loss() -> list[Row]:
     """Bytes until each run has the loss with which plain federated averaging ends.
 
-    Ours runs under threshold encryption. Its bytes under pairwise masks are counted in a round that
-    is really run under them; the integers of both sums, and so the losses, are the same.
+    Ours runs under the sum of its run file. Its bytes under the other are counted in a round that
+    is really run under it; the integers of both sums, and so the losses, are the same.
     """
     fedavg = trace(Job("fedavg").federation())
     target = fedavg[-1].loss
@@ -99,13 +99,8 @@ def bytes_to_loss() -> list[Row]:
     job = Job("compressed")
     federation = job.federation()
     ours = trace(federation, target)
-    masked = job.federation(
-        secure=job.file.secure.model_copy(update={"sum": "masked"}),
-        # What is sent does not depend on how long was trained.
-        training=job.file.training.model_copy(update={"local_steps": 1, "batch_size": 1}),
-    )
-    _, report = masked.run_round(masked.init())
-    epsilon = federation.plan.epsilon()
+    # As run, and so its epsilon, where it ends early.
+    epsilon = federation.plan.report(federation.spending.rounds(len(ours))).epsilon
     assert epsilon is not None, "the run file gives every example an epsilon"
     parameters = sum(leaf.size for leaf in jax.tree.leaves(job.model.base))
     whole = 2 * FLOAT32 * parameters * len(job.file.clouds) * len(parallel)
@@ -123,8 +118,9 @@ def bytes_to_loss() -> list[Row]:
     ]
     # A run that does not reach the loss would have to send without end.
     reached = 1.0 if ours[-1].loss <= target else math.inf
-    a_round = report.uplink_bytes + report.downlink_bytes
-    for kind, sent in (("threshold", ours[-1].bytes), ("masked", a_round * len(ours))):
+    for kind in ("masked", "threshold"):
+        own = kind == job.file.secure.sum
+        sent = ours[-1].bytes if own else len(ours) * _bytes_of_a_round(job, kind)
         rows.append(row(f"bytes: ours, {kind}", sent / 1e6, "MB"))
         over: tuple[tuple[str, float, float | None], ...] = (
             ("FedAvg", fedavg[-1].bytes, OF_FEDAVG),
@@ -134,6 +130,17 @@ def bytes_to_loss() -> list[Row]:
         for other, base, bar in over:
             rows.append(row(f"bytes: ours, {kind}, over {other}", reached * sent / base, "", bar))
     return rows
+
+
+def _bytes_of_a_round(job: Job, kind: str) -> int:
+    """Both ways, of a first round that is run under another sum."""
+    federation = job.federation(
+        secure=job.file.secure.model_copy(update={"sum": kind}),
+        # What is sent does not depend on how long was trained.
+        training=job.file.training.model_copy(update={"local_steps": 1, "batch_size": 1}),
+    )
+    _, report = federation.run_round(federation.init())
+    return report.uplink_bytes + report.downlink_bytes
 
 
 def slow_link() -> list[Row]:

@@ -28,8 +28,8 @@ class Decoupled(Schedule):
     message of that fragment has come back to it), and trains on. A
     step closes when `quorum` messages are there, plus a grace: a fixed time, or, adaptive, until
     the first of those who have sent is through with its next cycle, so that nobody's work waits. A
-    message counts by the local steps in it, up to twice the median. A cloud that went down starts
-    afresh.
+    message counts by the local steps in it, up to twice the median of those that have landed and
+    not below half of it. A cloud that went down starts afresh.
 
     The step that takes a message is known when it is sent, as for `FedBuff`.
 

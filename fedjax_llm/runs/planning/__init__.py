@@ -8,6 +8,9 @@
 | `effects`, `search` | which candidates get a pilot, and for how long |
 | `noise` | more rounds take more noise |
 | `forecast`, `table` | the result |
+
+With a privacy unit the epsilon of a plan is that of the run that it chooses. Losses of the pilots'
+rounds, and so the choice itself, are not covered by it: see `pilot`.
 """
 
 from fedjax_llm.runs.planning.planner import Planned as Planned

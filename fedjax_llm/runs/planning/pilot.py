@@ -4,6 +4,9 @@ Messages are added on the devices, to the same bytes as under any secure sum and
 time of the run's own sum, so that no keys are made. With the same seed, rows and noise the pilot's
 rounds are the run's first ones, bit for bit, and what is measured on the held-out rows of the run
 is what the run will stop by.
+
+Privacy: the losses of a pilot are those of real rows. No epsilon covers them, nor the choice and
+the forecast that follow from them; whoever must not learn such losses must not see a plan.
 """
 
 from collections.abc import Sequence
