@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from fedjax_llm.lora.adapter import Adapter
 from fedjax_llm.models.decoder import Base
+from fedjax_llm.models.quantised import Added, Quantised
 
 
 def delta(adapter: Adapter) -> dict[str, jax.Array]:
@@ -20,7 +21,8 @@ def delta(adapter: Adapter) -> dict[str, jax.Array]:
 def add_dense(base: Base, added: Mapping[str, jax.Array]) -> Base:
     """A copy of the base with dense matrices added to kernels; other leaves are shared.
 
-    The sum is taken in float32 and rounded once to the base's dtype.
+    The sum is taken in float32 and rounded once to the base's dtype. To a quantised kernel it is
+    only put beside: rounding the sum again would lose what small updates add.
 
     Args:
         base: frozen weights.
@@ -28,9 +30,14 @@ def add_dense(base: Base, added: Mapping[str, jax.Array]) -> Base:
     """
     layers = dict(base["layers"])
     for name, added_LxDxF in added.items():
-        kernel_LxDxF = layers[name]["kernel"]
-        total_LxDxF = kernel_LxDxF.astype(jnp.float32) + added_LxDxF
-        layers[name] = layers[name] | {"kernel": total_LxDxF.astype(kernel_LxDxF.dtype)}
+        kernel = layers[name]["kernel"]
+        if isinstance(kernel, Added):
+            total = Added(kernel.frozen, kernel.added_DxF + added_LxDxF)
+        elif isinstance(kernel, Quantised):
+            total = Added(kernel, added_LxDxF)
+        else:
+            total = (kernel.astype(jnp.float32) + added_LxDxF).astype(kernel.dtype)
+        layers[name] = layers[name] | {"kernel": total}
     return base | {"layers": layers}
 
 

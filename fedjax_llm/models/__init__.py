@@ -16,6 +16,9 @@ from fedjax_llm.models.model import Model as Model
 from fedjax_llm.models.model import load_config as load_config
 from fedjax_llm.models.model import load_model as load_model
 from fedjax_llm.models.model import save_model as save_model
+from fedjax_llm.models.quantised_base import base_bytes as base_bytes
+from fedjax_llm.models.quantised_base import dequantised_base as dequantised_base
+from fedjax_llm.models.quantised_base import quantised_base as quantised_base
 from fedjax_llm.models.tokenizer import Tokenizer as Tokenizer
 from fedjax_llm.models.tokenizer import load_tokenizer as load_tokenizer
 
@@ -26,7 +29,9 @@ __all__ = [
     "RopeScaling",
     "Tokenizer",
     "apply",
+    "base_bytes",
     "base_shapes",
+    "dequantised_base",
     "generate",
     "get_model",
     "hidden",
@@ -36,6 +41,7 @@ __all__ = [
     "load_tokenizer",
     "loss",
     "projection_shapes",
+    "quantised_base",
     "save_model",
     "target_nll",
 ]

@@ -6,7 +6,7 @@ with the layers stacked. Nothing else differs, so reading what was written gives
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 from fedjax_llm.errors import UserError
 from fedjax_llm.models.config import DecoderConfig
 from fedjax_llm.models.decoder import Base, base_shapes
+from fedjax_llm.models.quantised import Quantised, any_quantised
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -130,7 +131,11 @@ class TensorFiles:
 
 
 def read_base(
-    folder: Path | str, config: DecoderConfig, *, dtype: jax.typing.DTypeLike = jnp.float32
+    folder: Path | str,
+    config: DecoderConfig,
+    *,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    quantise: Callable[[jax.Array], Quantised] | None = None,
 ) -> Base:
     """Reads the weights of a folder into the base pytree, one tensor at a time.
 
@@ -138,6 +143,8 @@ def read_base(
       folder: Holds ``model.safetensors``, or shards with ``model.safetensors.index.json``.
       config: Of this model.
       dtype: Of the arrays; float32 represents all of float16 and bfloat16 exactly.
+      quantise: What the kernel of each layer becomes, float32 [D, F]; one layer is in floats at a
+        time. None keeps them as arrays.
 
     Raises:
       UserError: A missing or damaged file; a tensor that is missing, unexpected, of the wrong
@@ -148,10 +155,14 @@ def read_base(
     expected = {name for names in _file_names(config).values() for name in names}
     _check_names(folder, config, files, expected)
 
-    def read(path: tuple[str, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    def read(path: tuple[str, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array | Quantised:
         names, transposed = _file_names(config)[path], path[-1] == "kernel"
         stacked = path[0] == "layers"
         shape = leaf.shape[1:] if stacked else leaf.shape
+        if transposed and quantise is not None:
+            layers = (files.read(name, shape[::-1]).T.astype(np.float32) for name in names)
+            kernels = [quantise(jnp.asarray(layer)) for layer in layers]
+            return jax.tree.map(lambda *leaves: jnp.stack(leaves), *kernels)
         result = np.empty((len(names), *shape), dtype)
         for layer, name in enumerate(names):
             tensor = files.read(name, shape[::-1] if transposed else shape)
@@ -170,9 +181,15 @@ def write_base(
     written last, so a folder that has one is whole.
 
     Raises:
-      UserError: The folder already holds weights.
+      UserError: The folder already holds weights, or a kernel is quantised, which the layout has no
+        place for.
     """
     folder = Path(folder)
+    if any_quantised(base):
+        raise UserError(
+            "the base has quantised kernels, which the file format does not hold; write "
+            "models.dequantised_base(base)"
+        )
     if folder.is_dir() and any(folder.glob("model*.safetensors*")):
         raise UserError(f"{folder} already holds a model; choose another folder or remove it")
     folder.mkdir(parents=True, exist_ok=True)

@@ -15,11 +15,16 @@ from flax import nnx
 from fedjax_llm.errors import UserError
 from fedjax_llm.models.attention import attend, attention_mask
 from fedjax_llm.models.config import DecoderConfig, projection_shapes
+from fedjax_llm.models.quantised import frozen_matmul
 from fedjax_llm.models.rotary import Rotation, rotate, rotation, segment_positions
+from fedjax_llm.models.spread import whole
 from fedjax_llm_kernels.low_rank import low_rank_matmul
 
 type Base = dict[str, Any]
-"""Frozen weights: a nested dict of arrays; everything under "layers" is stacked [L, ...]."""
+"""Frozen weights: a nested dict of arrays; everything under "layers" is stacked [L, ...].
+
+A kernel may be `Quantised` in place of an array; a kernel and an embedding may be `Spread`.
+"""
 type Factors = Mapping[str, tuple[jax.Array, jax.Array]]
 """Low-rank factors (a, b) by projection name."""
 
@@ -70,7 +75,7 @@ class Projection(nnx.Module):
     def __call__(
         self, x_BxTxD: jax.Array, factors: tuple[jax.Array, jax.Array] | None, scale: float
     ) -> jax.Array:
-        y_BxTxF = x_BxTxD @ self.kernel[...].astype(x_BxTxD.dtype)
+        y_BxTxF = frozen_matmul(x_BxTxD, self.kernel.get_value())
         if self.bias is not None:
             y_BxTxF += self.bias[...].astype(x_BxTxD.dtype)[None, None, :]
         if factors is not None:
@@ -160,7 +165,8 @@ class Decoder(nnx.Module):
     def embedded(self, tokens_BxT: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
         """Rows of the embedding; a token outside the vocabulary becomes NaN, not another token."""
         tokens_BxT = jnp.where(tokens_BxT < 0, self.config.vocab_size, tokens_BxT)
-        rows_BxTxD = jnp.take(self.embed[...], tokens_BxT, axis=0, mode="fill", fill_value=jnp.nan)
+        embed_VxD = whole(self.embed.get_value())
+        rows_BxTxD = jnp.take(embed_VxD, tokens_BxT, axis=0, mode="fill", fill_value=jnp.nan)
         return rows_BxTxD.astype(dtype)
 
     def run_layers(
@@ -173,6 +179,7 @@ class Decoder(nnx.Module):
         start: jax.Array | None = None,
         *,
         remat: bool = False,
+        unroll: int = 1,
     ) -> tuple[jax.Array, Cache | None]:
         """Scans the layers over the activations and, where given, the cache."""
         graph, weights_L = nnx.split(self.layers)
@@ -188,12 +195,14 @@ class Decoder(nnx.Module):
 
         # Inside a scan the compiler cannot merge the two passes that prevent_cse keeps apart.
         body: Callable[..., Any] = jax.checkpoint(step, prevent_cse=False) if remat else step
-        return jax.lax.scan(body, x_BxTxD, (nnx.to_pure_dict(weights_L), factors_L, cache_L))
+        layers = (nnx.to_pure_dict(weights_L), factors_L, cache_L)
+        return jax.lax.scan(body, x_BxTxD, layers, unroll=min(unroll, self.config.num_layers))
 
     def unembedding(self, dtype: jax.typing.DTypeLike) -> jax.Array:
         """The output embedding [V, D]."""
         weights = self.embed if self.unembed is None else self.unembed
-        return weights[...].astype(dtype)
+        found: jax.Array = whole(weights.get_value()).astype(dtype)
+        return found
 
 
 @functools.lru_cache(maxsize=16)
@@ -251,6 +260,7 @@ def hidden(
     *,
     dtype: jax.typing.DTypeLike = jnp.float32,
     remat: bool = False,
+    unroll: int = 1,
 ) -> jax.Array:
     """Final activations after the last norm, of the given dtype, [B, T, D].
 
@@ -262,6 +272,7 @@ def hidden(
       segments_BxT: int32 as in ``Batch``, or None when each row is one sequence without padding.
       dtype: Of activations and matrix products; norms, scores and softmax are float32.
       remat: Recompute each layer in the backward pass, to keep one activation a layer.
+      unroll: Layers that are compiled in a row: more to compile, less to copy between them.
     """
     check_adapter(config, adapter)
     decoder = bind(config, base)
@@ -277,6 +288,7 @@ def hidden(
         attention_mask(length, segments_BxT, config.sliding_window),
         adapter,
         remat=remat,
+        unroll=unroll,
     )
     return decoder.norm(x_BxTxD)
 

@@ -17,6 +17,7 @@ def target_nll(
     *,
     dtype: jax.typing.DTypeLike = jnp.float32,
     remat: bool = False,
+    unroll: int = 1,
 ) -> tuple[jax.Array, jax.Array]:
     """Negative log-likelihood of every token but the first of the row.
 
@@ -28,7 +29,9 @@ def target_nll(
     tokens_BxT = jnp.asarray(batch.tokens_BxT)
     segments_BxT = jnp.asarray(batch.segments_BxT)
     rows, length = tokens_BxT.shape
-    x_BxTxD = hidden(config, base, adapter, tokens_BxT, segments_BxT, dtype=dtype, remat=remat)
+    x_BxTxD = hidden(
+        config, base, adapter, tokens_BxT, segments_BxT, dtype=dtype, remat=remat, unroll=unroll
+    )
     targets_BxU, segment_BxU = tokens_BxT[:, 1:], segments_BxT[:, 1:]
     counted_BxU = (
         jnp.asarray(batch.loss_mask_BxT)[:, 1:]
@@ -52,6 +55,7 @@ def loss(
     *,
     dtype: jax.typing.DTypeLike = jnp.float32,
     remat: bool = False,
+    unroll: int = 1,
 ) -> tuple[jax.Array, jax.Array]:
     """Summed loss and number of counted tokens of each row.
 
@@ -65,10 +69,13 @@ def loss(
       batch: Rows; a row without counted tokens gives (0, 0) and a gradient of zero.
       dtype: Of activations and matrix products.
       remat: Recompute each layer in the backward pass.
+      unroll: Layers that are compiled in a row, see `hidden`.
 
     Returns:
       nll_sum_B: float32 nats.
       tokens_B: int32.
     """
-    nll_BxU, counted_BxU = target_nll(config, base, adapter, batch, dtype=dtype, remat=remat)
+    nll_BxU, counted_BxU = target_nll(
+        config, base, adapter, batch, dtype=dtype, remat=remat, unroll=unroll
+    )
     return jnp.sum(nll_BxU, axis=1), jnp.sum(counted_BxU, axis=1, dtype=jnp.int32)

@@ -10,6 +10,7 @@ from fedjax_llm.errors import UserError
 from fedjax_llm.models.checkpoint import CONFIG_FILE, read_base, read_json, write_base
 from fedjax_llm.models.config import DecoderConfig
 from fedjax_llm.models.decoder import Base
+from fedjax_llm.models.quantised_base import KINDS, Kind
 from fedjax_llm.models.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -19,7 +20,8 @@ class Model:
 
     Attributes:
       config: Static description.
-      base: Frozen weights, a nested dict of arrays with layers stacked [L, ...].
+      base: Frozen weights, a nested dict of arrays with layers stacked [L, ...]; kernels may be
+        quantised.
       tokenizer: Of the same folder.
       folder: Where it was read from.
     """
@@ -30,12 +32,19 @@ class Model:
     folder: Path
 
 
-def load_model(folder: Path | str, *, dtype: jax.typing.DTypeLike = jnp.float32) -> Model:
+def load_model(
+    folder: Path | str,
+    *,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    quantised: Kind | None = None,
+) -> Model:
     """Reads a Hugging Face folder: config.json, safetensors and tokenizer.
 
     Args:
       folder: The folder.
       dtype: Of the weights in memory.
+      quantised: How the kernels of the layers are kept instead; embeddings, norms and biases stay
+        in `dtype`. The model is never in memory as a whole in floats.
 
     Raises:
       UserError: Anything missing, damaged or unsupported, named with its file.
@@ -50,7 +59,9 @@ def load_model(folder: Path | str, *, dtype: jax.typing.DTypeLike = jnp.float32)
             f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model only "
             f"{config.vocab_size}; they belong to different models"
         )
-    return Model(config, read_base(folder, config, dtype=dtype), tokenizer, folder)
+    quantise = None if quantised is None else KINDS[quantised]
+    base = read_base(folder, config, dtype=dtype, quantise=quantise)
+    return Model(config, base, tokenizer, folder)
 
 
 def load_config(folder: Path | str) -> DecoderConfig:

@@ -6,7 +6,7 @@ from fedjax_llm.aggregation import AggregationRule, ServerState
 from fedjax_llm.errors import UserError
 from fedjax_llm.federation import adapter_of
 from fedjax_llm.lora import Adapter, add_dense, merge, write_peft
-from fedjax_llm.models import Model, save_model
+from fedjax_llm.models import Model, dequantised_base, save_model
 from fedjax_llm.runs import build, fingerprint, runfile
 from fedjax_llm.runs.checkpoints import Checkpoints
 from fedjax_llm.runs.events import Note, OnEvent, ignore
@@ -45,11 +45,14 @@ def export_merged(
 ) -> None:
     """Writes the base model with all that the last checkpoint has learned added to its weights.
 
-    Arguments and errors are those of `export_peft`; any rule can be merged.
+    Arguments and errors are those of `export_peft`; any rule can be merged. A quantised base is
+    written in floats.
     """
     _, model, server, adapter = _trained(folder, out, cloud, on_event)
     base = add_dense(model.base, server.residual) if server.residual else model.base
-    save_model(out, model.config, merge(base, adapter), model.tokenizer)
+    # What a quantised base stands for is what the adapter was trained on.
+    merged = dequantised_base(merge(base, adapter), base["embed"].dtype)
+    save_model(out, model.config, merged, model.tokenizer)
 
 
 def _trained(
