@@ -1,0 +1,112 @@
+"""Our side: `fedjax_llm.federation.Federation`, factor averaging, plain sum. Started by run.py.
+
+As a user would run a simulation without a run file. The clients are spread over at most eight
+clouds. `--threads` does not reach it: XLA takes the cores that the process may use.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tasks import TASKS, Task, model_folder, read_factors, read_tokens, write_factors
+from turns import Turns, arguments
+
+from fedjax_llm.aggregation import FactorAveraging
+from fedjax_llm.clouds import Cloud, Link
+from fedjax_llm.federation import Federation, FederationState, Participant, Plain
+from fedjax_llm.lora import LoraConfig, LowRank
+from fedjax_llm.models import Batch, Model
+from fedjax_llm.models.checkpoint import read_base
+from fedjax_llm.models.model import load_config
+from fedjax_llm.privacy import PrivacyPlan
+from fedjax_llm.training import LocalTraining
+
+CLOUDS = 8
+# A message is shortened to it; a round in which one was longer is an error.
+BOUND = 8.0
+# Of float32: fixed point that is as fine is no difference from sides that add floats.
+FINEST_BITS = 24
+
+
+def participants(task: Task, folder: Path) -> list[Participant]:
+    """The clients with their rows; all tokens are real, and all but the first are answers."""
+    link = Link(up_mbps=1000.0, down_mbps=1000.0, latency_ms=1.0)
+    clouds = [Cloud(f"cloud-{c}", link) for c in range(min(CLOUDS, task.clients))]
+
+    def one(client: int, tokens_BxT: np.ndarray) -> Participant:
+        everywhere = np.ones(tokens_BxT.shape, bool)
+        rows = Batch(np.asarray(tokens_BxT), everywhere, everywhere.astype(np.int32))
+        evaluation = jax.tree.map(lambda leaf: leaf[:1], rows)
+        cloud = clouds[client * len(clouds) // task.clients]
+        return Participant(cloud, rows, evaluation, client=f"client-{client}")
+
+    return [one(client, tokens) for client, tokens in enumerate(read_tokens(folder))]
+
+
+def federate(task: Task, folder: Path, rounds: int, **settings: Any) -> Federation:
+    """The federation of a task; `settings` are other arguments of `Federation`."""
+    config = load_config(model_folder(folder))
+    # No tokenizer: the rows are tokens already.
+    model = Model(config, read_base(model_folder(folder), config), None, model_folder(folder))  # type: ignore[arg-type]
+    return Federation(
+        model,
+        participants(task, folder),
+        lora=LoraConfig(rank=task.rank, alpha=task.alpha, targets=("all-linear",)),
+        training=LocalTraining(optax.sgd(task.learning_rate), task.steps, task.batch, task.batch),
+        rule=FactorAveraging(optax.sgd(1.0)),
+        plan=PrivacyPlan.without_privacy(rounds, task.steps),
+        sum_mode=Plain(),
+        update_bound=BOUND,
+        # As many as a sum over all clients has room for in 32 bits.
+        value_bits=min(FINEST_BITS, 31 - (task.clients - 1).bit_length()),
+        measure_error=False,
+        seed=task.seed,
+        **settings,
+    )
+
+
+def start(federation: Federation, folder: Path) -> FederationState:
+    """The state before the first round, with the adapter that everybody starts from."""
+    state, factors = federation.init(), read_factors(folder / "start.npz")
+    adapter = state.server.adapter
+    ours = {
+        name: LowRank(*(jnp.asarray(factors[f"{name}.{side}"]) for side in "ab"))
+        for name in adapter.factors
+    }
+    for name, pair in adapter.factors.items():
+        if jax.tree.map(jnp.shape, pair) != jax.tree.map(jnp.shape, ours[name]):
+            raise ValueError(f"{folder}: the stored adapter of {name} has other shapes than ours")
+    adapter = type(adapter)(ours, adapter.scale)
+    return state._replace(server=state.server._replace(adapter=adapter))
+
+
+def main(leads: bool = True) -> None:
+    """Builds, then trains a round a turn; of several processes one `leads`, and writes."""
+    asked = arguments(__doc__.splitlines()[0], list(TASKS)).parse_args()
+    turns, task = Turns(asked.wait), TASKS[asked.task]
+    federation = federate(task, asked.folder, asked.rounds)
+    state = start(federation, asked.folder)
+    turns.ready(jax=jax.__version__, devices=jax.device_count(), group=federation.layout.group)
+    for _ in range(asked.rounds):
+        started = turns.go()
+        state, report = federation.run_round(state)
+        jax.block_until_ready(state)
+        if report.clipped_fraction or not math.isfinite(report.loss_train_nats or math.nan):
+            raise RuntimeError(f"round {report.round}: a message was shortened to {BOUND}")
+        turns.done(started, report.loss_train_nats or math.nan, program=report.seconds["train"])
+    if asked.out and leads:
+        adapter = state.server.adapter
+        pairs = {name: zip("ab", pair, strict=True) for name, pair in adapter.factors.items()}
+        write_factors(
+            asked.out,
+            {f"{name}.{side}": np.asarray(f) for name, pair in pairs.items() for side, f in pair},
+        )
+    turns.end()
+
+
+if __name__ == "__main__":
+    main()
