@@ -1,11 +1,13 @@
 """The command line: parses, calls, prints. All work is done by the packages below.
 
-Exit codes: 0 done; 2 a user's mistake; 3 refused for privacy or security; 130 interrupted; 1 a
-defect of this package, the only case that shows a traceback.
+Exit codes: 0 done; 2 a user's mistake; 3 refused for privacy or security; 4 another process of the
+same run is gone; 130 interrupted; 1 a defect of this package, the only case that shows a traceback.
 """
 
+import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,9 +20,11 @@ from fedjax_llm.errors import FedJaxError, Refused, UserError
 
 if TYPE_CHECKING:
     from fedjax_llm.runs.events import Event, OnEvent
+    from fedjax_llm.runs.runfile import RunFile
     from fedjax_llm.runs.summary import Summary
 
 INTERRUPTED = 130
+LAUNCHED = ("run", "resume")
 
 # The base of all usage errors. Typer carries its own copy of click, so that the class has to be
 # found through the one of its children that typer publishes.
@@ -57,10 +61,15 @@ def run(
     ] = None,
 ) -> None:
     """Do what a run file says."""
-    from fedjax_llm.runs import runfile
+    from fedjax_llm.runs import distributed, runfile
     from fedjax_llm.runs.folder import RunFolder
 
+    # First of all: checks of the run file compute, and then it would be too late.
+    leads = distributed.join().leads
     run_file = runfile.load(file, overrides or [])
+    if not leads:
+        _follow(run_file)
+        return
     with RunFolder.create(out or Path("runs") / run_file.name, runfile.to_toml(run_file)) as folder:
         _watch(folder.path, lambda on_event: _job().run(run_file, folder, on_event=on_event))
 
@@ -68,10 +77,52 @@ def run(
 @app.command()
 def resume(path: RunFolderPath) -> None:
     """Go on with a run that was interrupted."""
+    from fedjax_llm.runs import distributed, runfile
     from fedjax_llm.runs.folder import RunFolder
 
-    RunFolder.open(path)  # a wrong folder is told before JAX is loaded
+    folder = RunFolder.open(path)  # a wrong folder is told before JAX is loaded
+    if not distributed.join().leads:
+        _follow(runfile.load(folder.run_toml))
+        return
     _watch(path, lambda on_event: _job().resume(path, on_event=on_event))
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+def launch(
+    context: typer.Context,
+    command: Annotated[
+        list[str], typer.Argument(metavar="run FILE ...", help="A `run` or `resume`, as ever.")
+    ],
+    processes: Annotated[int, typer.Option("--processes", help="How many, on this machine.")],
+    bind: Annotated[
+        bool, typer.Option("--bind/--no-bind", help="Each keeps to cores of its own.")
+    ] = True,
+) -> None:
+    """Do a run in several processes on this machine, each with its cores or GPUs."""
+    from fedjax_llm.runs import cluster, distributed, launch_places, launching
+
+    folder = _launched_folder(context, command)
+    gpus = cluster.gpus()
+    places = launch_places.places(
+        processes, sorted(os.sched_getaffinity(0)), gpus, bind=bind and not gpus
+    )
+    try:
+        ended = launching.launch(
+            launching.program(command),
+            places,
+            echo=lambda words: typer.echo(words, nl=False, err=True),
+        )
+    except KeyboardInterrupt:
+        again = f"fedjax-llm launch --processes {processes} resume {folder}"
+        raise _Interrupted(f"interrupted {_reached(folder)}; resume with: {again}") from None
+    if ended.process == 0 and ended.code in (UserError.exit_code, Refused.exit_code):
+        raise typer.Exit(ended.code)  # it has said why
+    if ended.code != 0:
+        fewer = max(processes - 1, 1)
+        raise distributed.PeerLost(
+            f"{launching.why(ended, processes)}; the others were ended {_reached(folder)}; resume, "
+            f"on fewer if need be, with: fedjax-llm launch --processes {fewer} resume {folder}"
+        )
 
 
 @app.command()
@@ -149,6 +200,39 @@ def plan(
     if write is not None:
         disk.atomic_write(write, runfile.to_toml(planned.run_file))
         typer.echo(str(write))
+
+
+@app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A sweep file.")],
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The sweep's folder; sweeps/NAME if left out.")
+    ] = None,
+) -> None:
+    """Run a grid of changes to a run file, and show how it scales; goes on where it stopped."""
+    from rich.console import Console
+
+    from fedjax_llm.runs import sweep as sweeps
+    from fedjax_llm.runs.sweep import page, table, watching
+
+    asked = sweeps.load(file)
+    folder = out or Path("sweeps") / asked.name
+    try:
+        outcomes = watching.watch(asked, folder, overrides or [], Console(stderr=True))
+    except KeyboardInterrupt:
+        raise _Interrupted(
+            f"interrupted; the cells that are done are kept in {folder}: give the same command "
+            "again to go on"
+        ) from None
+    console = Console()
+    Console(width=console.width if console.is_terminal else 10_000).print(table.table(outcomes))
+    typer.echo(str(page.write(asked, outcomes, folder)))
+    if failed := sum(outcome.figures is None for outcome in outcomes):
+        raise UserError(
+            f"{failed} of {len(outcomes)} cells failed, the first because: "
+            + next(outcome.error for outcome in outcomes if outcome.error)
+        )
 
 
 @app.command()
@@ -332,7 +416,25 @@ def main(arguments: list[str] | None = None) -> None:
         # The reader of our output left, as `| head` does; nobody is there to be told.
         sys.stdout = None
         code = 1
+    except Exception:
+        if not _in_company():
+            raise
+        traceback.print_exc()
+        code = 1
+    if _in_company():
+        from fedjax_llm.runs import distributed
+
+        distributed.leave(code or 0)
     sys.exit(code or 0)
+
+
+def _in_company() -> bool:
+    """Whether this process runs together with others."""
+    if "jax" not in sys.modules:
+        return False
+    from fedjax_llm.runs import distributed
+
+    return distributed.joined()
 
 
 def _usage(error: Any) -> int:
@@ -383,17 +485,63 @@ def _print_notes(event: "Event") -> None:
 
 
 def _watch(path: Path, work: "Callable[[OnEvent], Summary]") -> None:
-    from fedjax_llm.runs import progress
+    from fedjax_llm.runs import distributed, progress
 
     with progress.watcher() as on_event:
         try:
             summary = work(on_event)
         except KeyboardInterrupt:
-            from fedjax_llm.runs.checkpoints import Checkpoints
-
-            rounds = Checkpoints(path / "checkpoints").rounds()
-            after = f"after round {rounds[-1]}" if rounds else "before the first checkpoint"
             raise _Interrupted(
-                f"interrupted {after}; resume with: fedjax-llm resume {path}"
+                f"interrupted {_reached(path)}; resume with: fedjax-llm resume {path}"
+            ) from None
+        except (RuntimeError, ValueError) as error:
+            if not distributed.lost_peer(error):
+                raise
+            raise distributed.PeerLost(
+                f"another process of this run is gone, {_reached(path)}; its own words tell why; "
+                f"resume, on fewer if need be, with: fedjax-llm resume {path}"
             ) from None
     progress.print_summary(summary, path)
+
+
+def _follow(run_file: "RunFile") -> None:
+    """The part of a process that does not lead: it computes and says nothing."""
+    from fedjax_llm.runs import distributed
+    from fedjax_llm.runs.following import follow
+
+    try:
+        follow(run_file)
+    except (RuntimeError, ValueError) as error:
+        if not distributed.lost_peer(error):
+            raise
+        raise distributed.PeerLost("another process of this run is gone") from None
+
+
+def _reached(path: Path) -> str:
+    """How far the run in a folder has come, for a sentence that ends there."""
+    from fedjax_llm.runs.checkpoints import Checkpoints
+
+    rounds = Checkpoints(path / "checkpoints").rounds()
+    return f"after round {rounds[-1]}" if rounds else "before the first checkpoint"
+
+
+def _launched_folder(context: typer.Context, command: list[str]) -> Path:
+    """The run folder of a command to launch, which is read as the processes will read it.
+
+    What is wrong with it is told once, before there are any.
+    """
+    name, *arguments = command
+    if name not in LAUNCHED:
+        raise UserError(f"launch starts {' or '.join(LAUNCHED)}, got {name!r}; run it by itself")
+    parent = context.parent
+    assert parent is not None
+    commands: dict[str, Any] = getattr(parent.command, "commands")  # noqa: B009
+    found = commands[name].make_context(name, arguments, parent).params
+    if name == "resume":
+        from fedjax_llm.runs.folder import RunFolder
+
+        return RunFolder.open(found["path"]).path
+    from fedjax_llm.runs import runfile
+
+    run_file = runfile.load(found["file"], found["overrides"] or [])
+    return found["out"] or Path("runs") / run_file.name

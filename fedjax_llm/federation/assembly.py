@@ -65,6 +65,7 @@ class Settings:
     measure_error: bool = True
     dtype: jax.typing.DTypeLike = jnp.float32
     remat: bool = False
+    unroll: int = 1
 
     @property
     def shortened(self) -> Compression | None:
@@ -216,12 +217,14 @@ def _recipe(
         compressor = Compressor(settings.shortened, like, kept)
         if not schedule.timely:
             compressor.check_ahead(schedule.name)
-    dtype, remat = settings.dtype, settings.remat
+    dtype, remat, unroll = settings.dtype, settings.remat, settings.unroll
     return Recipe(
         layout=layout,
         training=settings.training,
         rule=rule,
-        row_loss=lambda base, adapter, row: row_loss(model, base, adapter, row, dtype, remat),
+        row_loss=lambda base, adapter, row: row_loss(
+            model, base, layout.cut_adapter(adapter), row, dtype, remat, unroll
+        ),
         by_loss=roster.by_loss,
         normalised=settings.combine if isinstance(settings.combine, NormalisedMean) else None,
         combine=settings.robust,

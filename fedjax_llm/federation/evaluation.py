@@ -9,9 +9,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
-from fedjax_llm.federation.layout import AXIS, CohortLayout
+from fedjax_llm.federation.layout import CLIENTS, CohortLayout
 from fedjax_llm.lora import Adapter
 from fedjax_llm.models import Batch
 
@@ -38,31 +37,27 @@ class HeldOut:
     ) -> None:
         self._rows = [len(batch.tokens_BxT) for batch in batches]
         table = jax.tree.map(lambda *leaves: np.concatenate(leaves), *batches)
-        unit = layout.mesh.size * microbatch
-        missing = -len(table.tokens_BxT) % unit
+        missing = -len(table.tokens_BxT) % (layout.places * microbatch)
 
-        def place(leaf: np.ndarray) -> jax.Array:
+        def cut(leaf: np.ndarray) -> np.ndarray:
             padded = np.pad(leaf, [(0, missing), (0, 0)])
-            return jax.device_put(
-                padded.reshape(-1, microbatch, leaf.shape[1]),
-                NamedSharding(layout.mesh, PartitionSpec(AXIS)),
-            )
+            return padded.reshape(-1, microbatch, leaf.shape[1])
 
-        self._table = jax.tree.map(place, table)
+        self._table = layout.rows(jax.tree.map(cut, table))
 
         def on_device(shared: PyTree, rows: Batch) -> tuple[jax.Array, jax.Array]:
             base, adapter = shared
-            return jax.lax.map(lambda batch: batch_loss(base, adapter, batch), rows)
+            barrier = jax.lax.optimization_barrier
 
-        self._measure = jax.jit(
-            jax.shard_map(
-                on_device,
-                mesh=layout.mesh,
-                in_specs=(PartitionSpec(), PartitionSpec(AXIS)),
-                out_specs=PartitionSpec(AXIS),
-                check_vma=False,
-            )
-        )
+            def measured(batch: Batch) -> tuple[jax.Array, jax.Array]:
+                # XLA takes a loop of one turn apart and fuses its body with what is around it.
+                return barrier(batch_loss(base, adapter, barrier(batch)))
+
+            return jax.lax.map(measured, rows)
+
+        measured = layout.on_all_devices(on_device, CLIENTS)
+        # Read on the host, which may hold some of the devices only.
+        self._measure = jax.jit(lambda *given: layout.everywhere(measured(*given)))
 
     def sums(self, base: PyTree, adapter: Adapter) -> list[tuple[float, int]]:
         """Returns the loss in nats summed over the tokens of each table, and their number."""

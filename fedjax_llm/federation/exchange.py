@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from fedjax_llm.clouds.site import Opening, Size
 from fedjax_llm.errors import UserError
+from fedjax_llm.federation import processes
 from fedjax_llm.federation.message import MessageCodec, WeightCodec
 from fedjax_llm.federation.sums import HiddenMode, Selective
 from fedjax_llm.secure.sums import SecureSum, checked_clients, collect
@@ -117,6 +118,9 @@ class HiddenSums:
     ) -> NDArray[np.int64]:
         """The sum over all clouds [P], or that of each group [G, P].
 
+        Keys and masks come from the operating system: of several processes the first one encrypts
+        and opens, and tells the others the sum. Its ledger alone has the bytes and the seconds.
+
         Args:
             codec: of the messages.
             ints_CxP: int32, each cloud's message in the order of the clouds.
@@ -126,6 +130,11 @@ class HiddenSums:
             ledger: is added to.
             on_stage: see `encrypted_sum`.
         """
+        if not processes.leads():
+            count = codec.length[0]
+            shape = (len(self._groups), count) if self._apart else (count,)
+            told: NDArray[np.int64] = processes.from_first(np.zeros(shape, np.int64))
+            return told
         totals = [
             encrypted_sum(
                 secure_sum,
@@ -139,7 +148,10 @@ class HiddenSums:
             )
             for group, secure_sum in zip(self._groups, self._open[self._length(codec)], strict=True)
         ]
-        return np.stack(totals) if self._apart else totals[0]
+        opened: NDArray[np.int64] = processes.from_first(
+            np.stack(totals) if self._apart else totals[0]
+        )
+        return opened
 
 
 @dataclass

@@ -17,22 +17,25 @@ from fedjax_llm.aggregation import AggregationRule, LossWeights, Weights
 from fedjax_llm.aggregation.robust import GroupRobust
 from fedjax_llm.clouds.schedules import Schedule, Synchronous
 from fedjax_llm.errors import Refused
-from fedjax_llm.federation import pending
+from fedjax_llm.federation import pending, processes
 from fedjax_llm.federation.assembly import Settings, assemble
 from fedjax_llm.federation.calendar import Calendar
 from fedjax_llm.federation.compressor import Compression
+from fedjax_llm.federation.engine import Engine
 from fedjax_llm.federation.evaluation import HeldOut
 from fedjax_llm.federation.exchange import Codec, HiddenSums, Ledger, OnStage
+from fedjax_llm.federation.fitting import memory_of, on_a_cpu
 from fedjax_llm.federation.keys import Seeds, seed_key
 from fedjax_llm.federation.layout import CohortLayout
 from fedjax_llm.federation.link_promises import check_cycles
+from fedjax_llm.federation.mesh import MeshShape
 from fedjax_llm.federation.message import WeightCodec
 from fedjax_llm.federation.planned_sums import planned_sums
 from fedjax_llm.federation.programs import RoundPrograms
 from fedjax_llm.federation.promises import Combination
-from fedjax_llm.federation.recipe import Attackers
+from fedjax_llm.federation.recipe import Attackers, Recipe
 from fedjax_llm.federation.reports import RoundReport, report
-from fedjax_llm.federation.roads import BeforeOpening, Road
+from fedjax_llm.federation.roads import BeforeOpening, Outcome, Road
 from fedjax_llm.federation.roster import Roster
 from fedjax_llm.federation.shares import check_online
 from fedjax_llm.federation.spending import Spending
@@ -76,9 +79,13 @@ class Federation:
         noise_key: of noise and samples, from `privacy.secret_key`; from the seed if None.
         dtype: of activations.
         remat: whether activations are recomputed in the backward pass instead of kept.
+        unroll: layers that are compiled in a row; on a CPU all of a small model's are some 15
+            percent faster than one, and take longer to compile.
         evaluation_microbatch: evaluation rows in memory at once on a device.
-        clients_at_once: clients in one vmap; chosen by platform if None.
+        clients_at_once: clients in one vmap. If None a CPU takes a few of short rows, and an
+            accelerator as many as its memory holds, found out by compiling before the first round.
         devices: where to run; all devices by default.
+        mesh: how they are divided; all among the clients if None.
         timed_as: the sum whose bytes virtual time counts, where a trial adds messages on the
             devices in place of it; `sum_mode` if None.
 
@@ -113,9 +120,11 @@ class Federation:
         noise_key: jax.Array | None = None,
         dtype: jax.typing.DTypeLike = jnp.float32,
         remat: bool = False,
+        unroll: int = 1,
         evaluation_microbatch: int = 8,
         clients_at_once: int | None = None,
         devices: Sequence[jax.Device] | None = None,
+        mesh: MeshShape | None = None,
         timed_as: SumMode | None = None,
     ) -> None:
         check_participants(participants, lora.rank, training.steps, rule.facts.ranks)
@@ -125,10 +134,14 @@ class Federation:
         self.steps = plan.rounds if steps is None else steps
         self._training = training
         self._seed = _seeds(seed, noise_key, plan)
-        self.layout = CohortLayout.over(len(participants), clients_at_once, devices)
-        self.roster = Roster(
-            participants, self.layout, training, plan, weights, lora.rank, self._seed
-        )
+        length = participants[0].train.tokens_BxT.shape[1]
+        group = clients_at_once
+        if group is None:
+            # On an accelerator that is where it starts from, see `run_round`.
+            group = on_a_cpu(len(participants), training.microbatch * length)
+        layout = CohortLayout.over(len(participants), group, devices, mesh)
+        self._fits = clients_at_once is not None
+        roster = Roster(participants, layout, training, plan, weights, lora.rank, self._seed)
         settings = Settings(
             lora=lora,
             training=training,
@@ -144,25 +157,23 @@ class Federation:
             measure_error=measure_error,
             dtype=dtype,
             remat=remat,
+            unroll=unroll,
         )
-        parts = assemble(model, settings, self.roster, self.layout)
-        self._robust, self._recipe, self._sizes = settings.robust, parts.recipe, parts.sizes
-        self._programs = tuple(
-            RoundPrograms(parts.recipe, phase, codecs) for phase, codecs in enumerate(parts.codecs)
-        )
-        self._base = self.layout.replicate(model.base)
-        self._road = Road(
-            self._base,
-            self.layout,
+        parts = assemble(model, settings, roster, layout)
+        self._robust, self._sizes = settings.robust, parts.sizes
+        road = Road(
+            layout.place_base(model.config, model.base),
+            layout,
             self._seed,
             self.participants,
             # Stopping by name would release what unit `client` hides: there the codec sends zeros.
             # With unit `example` an update follows from noised sums alone, and so does this error.
             plan.unit != "client",
-            self._recipe.sums_weights,
+            parts.recipe.sums_weights,
         )
+        self._engine = Engine.of(roster, parts.recipe, road, parts.codecs)
         self._held_out = HeldOut(
-            self.layout,
+            layout,
             [participant.evaluation for participant in participants],
             lambda base, adapter, batch: loss(model.config, base, adapter, batch, dtype=dtype),
             evaluation_microbatch,
@@ -170,25 +181,63 @@ class Federation:
         self._hidden: HiddenSums | None = None
         if not isinstance(sum_mode, Plain):
             wanted: list[Codec] = [codec for codecs in parts.codecs for codec in codecs]
-            if self._recipe.sums_weights:
+            if parts.recipe.sums_weights:
                 wanted.append(WeightCodec)
-            clouds = range(len(self.roster.clouds))
-            most = max(len(self.roster.members(cloud)) for cloud in clouds)
+            clouds = range(len(roster.clouds))
+            most = max(len(roster.members(cloud)) for cloud in clouds)
             self._hidden = HiddenSums(sum_mode, self.names, parts.groups, most, wanted)
-        length = participants[0].train.tokens_BxT.shape[1]
         self._almanac = Almanac(
             self.schedule,
-            self.roster,
+            roster,
             training,
             parts.sizes,
             parts.codecs,
-            self._hidden if timed_as is None else planned_sums(timed_as, parts, self.roster),
+            self._hidden if timed_as is None else planned_sums(timed_as, parts, roster),
             parts.recipe.replicas.fragments if parts.recipe.replicas else 1,
             flops_per_token(model, parts.server.adapter, length, remat),
             length,
             seed,
         )
         check_cycles(plan, self.calendar, self.steps)
+
+    @property
+    def layout(self) -> CohortLayout:
+        """Where the clients are computed."""
+        return self._engine.layout
+
+    @property
+    def roster(self) -> Roster:
+        """Who the clients are and what each counts."""
+        return self._engine.roster
+
+    @property
+    def _programs(self) -> tuple[RoundPrograms, ...]:
+        return self._engine.programs
+
+    @property
+    def _recipe(self) -> Recipe:
+        return self._engine.recipe
+
+    @property
+    def _base(self) -> PyTree:
+        return self._engine.road.base
+
+    @property
+    def clients_at_once(self) -> int:
+        """Clients in one vmap on a device.
+
+        The bytes of a result depend on it, and it follows from the device's memory where nothing
+        else is asked for: set it, or `keep_at_once`, to find the same bytes elsewhere.
+        """
+        return self._engine.layout.group
+
+    def keep_at_once(self, clients: int | None) -> None:
+        """Runs so many clients at once from now on, whatever fits; nothing changes if None."""
+        if clients is None:
+            return
+        self._fits = True
+        if clients != self.clients_at_once:
+            self._engine = self._engine.at_once(clients)
 
     @property
     def calendar(self) -> Calendar:
@@ -330,6 +379,9 @@ class Federation:
             donate: whether the memory of `state` may be used again, by which a round of many
                 clients that carry much takes half of it. Taken up where a round is one program.
 
+        Where memory runs out while clients train, half of them run at once from then on
+        (`RoundReport.clients_at_once`), and the round begins again.
+
         Raises:
             UserError: no cloud is online, or training diverged in a client. With privacy unit
                 `client` such a client sends zeros and is counted in the report instead.
@@ -351,35 +403,33 @@ class Federation:
         online = self.roster.clouds_online(online_K)
         senders = self.roster.clouds_online(lands_K)
         phase = self.rule.phase(number)
-        programs, ledger = self._programs[phase], Ledger.of(self.names)
+        self._fit(state)
+        opened: list[int] = []
+
+        def opens(number: int, clouds: Sequence[str]) -> None:
+            opened.append(number)
+            before_opening(number, clouds)
+
         on_stage("train")
-        if not self.schedule.timely:
-            outcome = pending.step(
-                self._road,
-                programs,
-                self.roster,
-                calendar,
-                state,
-                ledger,
-                self._opener(programs, number, senders, online, ledger, on_stage, before_opening),
-            )
-        else:
-            selected_K = lands_K & self.roster.selected(number)
-            clients = self.roster.inputs(state.clients, number, selected_K, lands_K)
-            inverse = jnp.float32(1 / self.roster.divisor(lands_K, self._recipe.sums_weights))
-            given = (programs, state.globals, clients, inverse, number, ledger)
-            if self._hidden is None:
-                outcome = self._road.plain(*given, donate)
-            else:
-                outcome = self._road.hidden(
-                    *given, self._hidden, senders, online, on_stage, before_opening
-                )
+        while True:
+            ledger = Ledger.of(self.names)
+            between = (senders, online, on_stage, opens)
+            try:
+                outcome = self._outcome(state, number, lands_K, calendar, ledger, between, donate)
+                break
+            except jax.errors.JaxRuntimeError as error:
+                # Of messages that have been added between the clouds there is no second sum.
+                if opened:
+                    raise
+                # The other processes do not know of it, and wait in the program that failed here.
+                lost = processes.several() or any(leaf.is_deleted() for leaf in _arrays(state))
+                self._engine = self._engine.halved(error, lost)
         if self._hidden is None:
             ledger.add(sent=self._sizes.up(phase, lands_K))
         ledger.add(received=self._sizes.down(phase, lands_K))
         new = outcome.applied.state
         new_state = FederationState(
-            jnp.int32(number),
+            self.layout.replicate(np.int32(number)),
             new.server,
             self.layout.collect(outcome.clients),
             new.control,
@@ -398,12 +448,60 @@ class Federation:
             metrics=jax.device_get(outcome.metrics),
             norms_K=np.asarray(outcome.norm_K)[: len(self.participants)],
             private=self._training.privacy is not None,
-            max_norm=programs.codecs[0].max_norm,
+            max_norm=self._programs[phase].codecs[0].max_norm,
             update_norm=float(outcome.applied.update_norm),
             error=float(outcome.applied.error),
             ledger=ledger,
             calendar=calendar,
+            clients_at_once=self.clients_at_once,
         )
+
+    def _fit(self, state: FederationState) -> None:
+        """Takes as many clients at once as a device's memory holds, unless a number is set."""
+        if self._fits:
+            return
+        self._fits = True
+        own = memory_of(self.layout.mesh.local_devices[0])
+        # All processes have to come to the same number.
+        memory = int(processes.from_first(np.int64(own or 0)))
+        if memory:
+            plain = self._hidden is None and self.schedule.timely
+            self._engine = self._engine.fitted(state, memory, plain)
+
+    def _outcome(
+        self,
+        state: FederationState,
+        number: int,
+        lands_K: NDArray[np.bool_],
+        calendar: Calendar,
+        ledger: Ledger,
+        between: tuple[Sequence[str], Sequence[str], OnStage, BeforeOpening],
+        donate: bool,
+    ) -> Outcome:
+        """What a round comes to, on the road that sum and schedule ask for.
+
+        Args:
+            state: before it.
+            number: of the round.
+            lands_K: whose messages enter the sum.
+            calendar: virtual time.
+            ledger: takes bytes and seconds.
+            between: clouds that send and that can help to open, and who is told; of sums between
+                the clouds.
+            donate: see `run_round`.
+        """
+        road, programs = self._engine.road, self._programs[self.rule.phase(number)]
+        if not self.schedule.timely:
+            opener = self._opener(programs, number, ledger, *between)
+            return pending.step(road, programs, self.roster, calendar, state, ledger, opener)
+        selected_K = lands_K & self.roster.selected(number)
+        clients = self.roster.inputs(state.clients, number, selected_K, lands_K)
+        divisor = self.roster.divisor(lands_K, self._recipe.sums_weights)
+        inverse = self.layout.replicate(np.float32(1 / divisor))
+        given = (programs, state.globals, clients, inverse, number, ledger)
+        if self._hidden is None:
+            return road.plain(*given, donate)
+        return road.hidden(*given, self._hidden, *between)
 
     def _check_landing(
         self, number: int, lands_K: NDArray[np.bool_], online_K: NDArray[np.bool_]
@@ -426,9 +524,9 @@ class Federation:
         self,
         programs: RoundPrograms,
         number: int,
+        ledger: Ledger,
         senders: Sequence[str],
         online: Sequence[str],
-        ledger: Ledger,
         on_stage: OnStage,
         before_opening: BeforeOpening,
     ) -> pending.Open | None:
@@ -449,6 +547,10 @@ class Federation:
 
 
 _with_residual = jax.jit(add_dense)
+
+
+def _arrays(state: FederationState) -> Iterator[jax.Array]:
+    return (leaf for leaf in jax.tree.leaves(state) if isinstance(leaf, jax.Array))
 
 
 def _seeds(seed: int, noise_key: jax.Array | None, plan: PrivacyPlan) -> jax.Array | Seeds:

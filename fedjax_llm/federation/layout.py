@@ -1,25 +1,39 @@
-"""Where the clients of a run are computed: groups, devices, the mesh axis `clouds`.
+"""Where the clients of a run are computed: groups, devices, the axes of the mesh.
 
 Clients are laid out in groups. A group is one `vmap`; a device runs its groups one after the
-other in a `scan`; devices share the groups along the mesh axis `clouds`. The size of a group, and
-with it every shape inside the program, does not depend on the number of devices: that is why one
-device and two give the same bytes.
+other in a `scan`; devices share the groups along the axes `clouds` and `data` (see `mesh`). The
+size of a group, and with it every shape inside the program, does not depend on the number of
+devices: that is why one device and two give the same bytes. Along `model` the compiler divides the
+products of one client, and their sums are rounded in another order.
+
+All of it holds where devices belong to several processes, each of which runs the same programs:
+an array from the host is given to each device by its own process, and what the host reads is on
+every device.
 
 Notation: K clients, padded to K' = devices x groups a device x G clients a group.
 """
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from fedjax_llm.federation.mesh import SPREAD, MeshShape
+from fedjax_llm.lora import Adapter, LowRank
+from fedjax_llm.models import DecoderConfig
+from fedjax_llm.models.sharding import MODEL, adapter_specs, base_specs
+from fedjax_llm.models.spread import manual_specs, spread
+from fedjax_llm_kernels.lockstep import DATA, in_step
 
 PyTree = Any
-AXIS = "clouds"
+# Of what is spread over the devices, client by client or row by row.
+CLIENTS = PartitionSpec(SPREAD)
 
 
 @dataclass(frozen=True)
@@ -27,7 +41,7 @@ class CohortLayout:
     """Where the K clients of a run are computed.
 
     Attributes:
-        mesh: one axis, `clouds`.
+        mesh: axes `clouds`, `data` and `model`.
         clients: K.
         group: clients in one vmap, G. Memory grows with it, the result's bytes depend on it.
     """
@@ -38,39 +52,79 @@ class CohortLayout:
 
     @classmethod
     def over(
-        cls, clients: int, group: int | None = None, devices: Sequence[jax.Device] | None = None
+        cls,
+        clients: int,
+        group: int = 1,
+        devices: Sequence[jax.Device] | None = None,
+        shape: MeshShape | None = None,
     ) -> "CohortLayout":
-        """Lays `clients` out over `devices` (all by default).
+        """Lays `clients` out over `devices` (all by default), along `clouds` without a `shape`.
 
-        Without `group`, a CPU takes one client at a time, because there batching removes
-        overhead and not arithmetic, and an accelerator takes up to eight.
+        Raises:
+            UserError: devices that the shape does not divide.
         """
-        devices = list(devices or jax.devices())
-        if group is None:
-            group = 1 if devices[0].platform == "cpu" else min(clients, 8)
-        mesh = jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
-        return cls(mesh, clients, group)
+        return cls((shape or MeshShape()).over(list(devices or jax.devices())), clients, group)
+
+    @property
+    def places(self) -> int:
+        """Groups that are computed at a time."""
+        return math.prod(self.mesh.shape[axis] for axis in SPREAD)
 
     @property
     def padded(self) -> int:
         """K', the clients that are computed; those beyond K take no part in the sum."""
-        unit = self.mesh.size * self.group
+        unit = self.places * self.group
         return -(-self.clients // unit) * unit
 
     def shard(self, tree: PyTree) -> PyTree:
         """Pads host arrays [K, ...] with zeros to K' and spreads them over the devices."""
-        sharding = NamedSharding(self.mesh, PartitionSpec(AXIS))
 
-        def place(leaf: Any) -> jax.Array:
+        def padded(leaf: Any) -> np.ndarray:
             leaf = np.asarray(leaf)
-            width = [(0, self.padded - self.clients)] + [(0, 0)] * (leaf.ndim - 1)
-            return jax.device_put(np.pad(leaf, width), sharding)
+            return np.pad(leaf, [(0, self.padded - self.clients)] + [(0, 0)] * (leaf.ndim - 1))
 
-        return jax.tree.map(place, tree)
+        return self.rows(jax.tree.map(padded, tree))
+
+    def rows(self, tree: PyTree) -> PyTree:
+        """Spreads host arrays over the devices; their first dimension is a multiple of `places`."""
+        return jax.tree.map(lambda leaf: self._place(leaf, CLIENTS), tree)
 
     def replicate(self, tree: PyTree) -> PyTree:
         """Puts a copy of `tree` on every device."""
-        return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
+        return jax.tree.map(lambda leaf: self._place(leaf, PartitionSpec()), tree)
+
+    def place_base(self, config: DecoderConfig, base: PyTree) -> PyTree:
+        """Puts the frozen weights where they are used: whole, or cut along `data` and `model`.
+
+        Raises:
+            UserError: weights that cannot be cut so.
+        """
+        data, model = self.mesh.shape[DATA], self.mesh.shape[MODEL]
+        if data == model == 1:
+            return self.replicate(base)
+        specs = base_specs(config, data, model, base)
+        return spread(jax.tree.map(self._place, base, specs), specs)
+
+    def cut_adapter(self, adapter: Adapter) -> Adapter:
+        """Inside a client's program: its factors lie along `model` as the kernels they add to."""
+        if self.mesh.shape[MODEL] == 1:
+            return adapter
+        specs, place = adapter_specs(list(adapter.factors)), jax.lax.with_sharding_constraint
+        factors = {
+            name: LowRank(*(place(own, spec) for own, spec in zip(pair, specs[name], strict=True)))
+            for name, pair in adapter.factors.items()
+        }
+        return replace(adapter, factors=factors)
+
+    def _place(self, leaf: Any, spec: PartitionSpec) -> jax.Array:
+        sharding = NamedSharding(self.mesh, spec)
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            return jax.device_put(leaf, sharding)
+        if sharding.is_fully_addressable:
+            return jax.device_put(leaf, sharding)
+        # JAX would compare the values of all processes first, which takes as long as the transfer.
+        host = np.asarray(leaf)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
     def spread(self, tree: PyTree) -> PyTree:
         """As `shard`, for arrays that are on the devices already, and without the host."""
@@ -86,8 +140,7 @@ class CohortLayout:
 
         if self.mesh.size == 1 and self.padded == self.clients:
             return lambda tree: tree
-        sharding = NamedSharding(self.mesh, PartitionSpec(AXIS))
-        return jax.jit(padded, out_shardings=sharding)
+        return jax.jit(padded, out_shardings=NamedSharding(self.mesh, CLIENTS))
 
     def collect(self, tree: PyTree) -> PyTree:
         """The inverse of `spread`: the clients without padding, whole on every device."""
@@ -107,9 +160,11 @@ class CohortLayout:
         """
         return self.everywhere(jax.tree.map(lambda leaf: leaf[: self.clients], tree))
 
-    def everywhere(self, tree: PyTree) -> PyTree:
+    def everywhere[Tree](self, tree: Tree) -> Tree:
         """Inside a program: the same on every device, as what the server does with it has to be."""
-        return jax.lax.with_sharding_constraint(tree, NamedSharding(self.mesh, PartitionSpec()))
+        whole = NamedSharding(self.mesh, PartitionSpec())
+        found: Tree = jax.lax.with_sharding_constraint(tree, whole)
+        return found
 
     def map_clients(
         self,
@@ -132,7 +187,7 @@ class CohortLayout:
             run = _of_a_group(one_client, idle, shared)
             return _in_a_row(jax.lax.map(run, self._grouped(clients)))
 
-        return self._on_all_devices(on_device, PartitionSpec(AXIS))
+        return self.on_all_devices(on_device, CLIENTS)
 
     def sum_clients(
         self,
@@ -177,25 +232,33 @@ class CohortLayout:
             start_CxP = jnp.zeros((parts, *shape[1:]), jnp.int32)
             sums_CxP, results = jax.lax.scan(add, start_CxP, grouped)
             # Integers: the order of the clients and the number of devices cannot change a bit.
-            return _in_a_row(results), jax.lax.psum(sums_CxP, AXIS)
+            return _in_a_row(results), jax.lax.psum(sums_CxP, SPREAD)
 
-        return self._on_all_devices(on_device, (PartitionSpec(AXIS), PartitionSpec()))
+        return self.on_all_devices(on_device, (CLIENTS, PartitionSpec()))
 
     def _grouped(self, tree: PyTree) -> PyTree:
         return jax.tree.map(lambda leaf: leaf.reshape(-1, self.group, *leaf.shape[1:]), tree)
 
-    def _on_all_devices(self, on_device: Callable[..., PyTree], out: Any) -> Callable[..., PyTree]:
-        """Of functions `(shared, ...)`: what is shared is on every device, the rest is spread."""
+    def on_all_devices(self, on_device: Callable[..., PyTree], out: Any) -> Callable[..., PyTree]:
+        """Of functions `(shared, ...)`: what is shared is on every device, the rest is spread.
 
-        def mapped(shared: PyTree, *spread: PyTree) -> PyTree:
+        Args:
+            on_device: sees a device's own part of what is spread, and of weights that are cut.
+            out: the partition of its results, `CLIENTS` where they are spread.
+        """
+        # Axis `model` is left to the compiler; one of size 1 leaves it nothing to do.
+        manual = set(SPREAD) if self.mesh.shape[MODEL] > 1 else set(self.mesh.axis_names)
+
+        def mapped(shared: PyTree, *parts: PyTree) -> PyTree:
             return jax.shard_map(
                 on_device,
                 mesh=self.mesh,
-                in_specs=(PartitionSpec(), *(PartitionSpec(AXIS) for _ in spread)),
+                in_specs=(manual_specs(shared), *(CLIENTS for _ in parts)),
                 out_specs=out,
+                axis_names=manual,
                 # Loops inside start from constants, which the checker takes for replicated values.
                 check_vma=False,
-            )(shared, *spread)
+            )(shared, *parts)
 
         return mapped
 
@@ -221,6 +284,7 @@ def _of_a_group(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), shapes_G
         )
         idles_G, results_G = jax.vmap(lambda client: idle(client, shapes))(group)
-        return jax.lax.cond(jnp.all(idles_G), lambda: results_G, lambda: batched(shared, group))
+        busy = in_step(jnp.any(~idles_G).astype(jnp.int32)) > 0
+        return jax.lax.cond(busy, lambda: batched(shared, group), lambda: results_G)
 
     return run

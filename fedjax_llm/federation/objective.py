@@ -18,6 +18,7 @@ def row_loss(
     row: Batch,
     dtype: jax.typing.DTypeLike,
     remat: bool,
+    unroll: int = 1,
 ) -> jax.Array:
     """Mean loss of one row in nats per answer token; 0 for a row without answer tokens.
 
@@ -29,7 +30,10 @@ def row_loss(
         row: [T] leaves.
         dtype: of activations.
         remat: whether activations are recomputed in the backward pass instead of kept.
+        unroll: layers that are compiled in a row.
     """
     batch = jax.tree.map(lambda leaf_T: leaf_T[None], row)
-    nll_1, tokens_1 = loss(model.config, base, adapter, batch, dtype=dtype, remat=remat)
+    nll_1, tokens_1 = loss(
+        model.config, base, adapter, batch, dtype=dtype, remat=remat, unroll=unroll
+    )
     return nll_1[0] / jnp.maximum(tokens_1[0], 1).astype(jnp.float32)

@@ -50,7 +50,7 @@ def step(
     """
     number = int(state.round) + 1
     shared = road.layout.replicate(state.globals)
-    where = (road.seed, jnp.int32(number))
+    where = (road.seed, road.layout.replicate(np.int32(number)))
     clients, pending = state.clients, road.layout.replicate(state.pending)
     metrics_K = ClientMetrics(*(jnp.zeros(road.layout.padded, jnp.float32) for _ in range(3)))
     norm_K = np.zeros(road.layout.padded, np.float32)
@@ -72,7 +72,7 @@ def step(
     total_P = programs.total(ints_KxP) if open_sum is None else open_sum(ints_KxP)
     started = time.perf_counter()
     senders = roster.inputs(clients, number, landing.lands_K)
-    inverse = jnp.float32(1 / roster.landing_divisor(landing))
+    inverse = road.layout.replicate(np.float32(1 / roster.landing_divisor(landing)))
     applied = jax.block_until_ready(
         programs.apply(total_P, inverse, shared, senders, (), Sums(), *where)
     )

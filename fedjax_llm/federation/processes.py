@@ -26,6 +26,21 @@ def leads() -> bool:
     return jax.process_index() == 0
 
 
+def own(tree: PyTree) -> PyTree:
+    """Arrays that are the same on every device, as arrays of this process alone.
+
+    What one process computes by itself must not touch the devices of others.
+    """
+
+    def one(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
+            return leaf
+        assert leaf.is_fully_replicated
+        return leaf.addressable_data(0)
+
+    return jax.tree.map(one, tree)
+
+
 def from_first(tree: PyTree) -> PyTree:
     """The first process's arrays, bit for bit, in all processes.
 

@@ -68,8 +68,9 @@ class RoundPrograms:
         self.apply = jax.jit(self._apply)
         self.round = jax.jit(self._round)
         self.last_round = jax.jit(self._round, donate_argnums=(1, 2))
-        self.kept = jax.jit(_kept)
-        self.landed = jax.jit(_landed)
+        everywhere = recipe.layout.everywhere
+        self.kept = jax.jit(lambda *given: everywhere(_kept(*given)))
+        self.landed = jax.jit(lambda *given: everywhere(_landed(*given)))
         self.total = jax.jit(self._server.total)
 
     @property
@@ -116,8 +117,10 @@ class RoundPrograms:
     ) -> Local:
         shared = self._shared(base, state, number, seed)
         one = self._client
-        idle = one.idle if one.may_idle else None
-        return self._recipe.layout.map_clients(one.train, idle)(shared, clients)
+        idle, layout = one.idle if one.may_idle else None, self._recipe.layout
+        local: Local = layout.map_clients(one.train, idle)(shared, clients)
+        # Read on the host, which may hold some of the devices only.
+        return local._replace(metrics=layout.everywhere(local.metrics))
 
     def _train_and_send(
         self,
@@ -197,8 +200,10 @@ class RoundPrograms:
         def one(shared: Shared, pair: tuple[ClientInputs, Local]) -> jax.Array:
             return self._client.weigh(shared, *pair)
 
-        shared = self._shared({}, state, number, seed)
-        return self._recipe.layout.map_clients(one)(shared, (clients, local))
+        shared, layout = self._shared({}, state, number, seed), self._recipe.layout
+        limbs_Kx4: jax.Array = layout.map_clients(one)(shared, (clients, local))
+        # Read on the host, which may hold some of the devices only.
+        return layout.everywhere(limbs_Kx4)
 
     def _send(
         self,
@@ -252,7 +257,10 @@ class RoundPrograms:
             tree = self.codecs[stage].unravel(whole_P)
             return client.encoded(stage, shared, one, tree, ())
 
-        return layout.map_clients(encoded)(shared, (messages_KxP, control_K, clients))
+        encoded_K: EncodedMessage = layout.map_clients(encoded)(
+            shared, (messages_KxP, control_K, clients)
+        )
+        return encoded_K._replace(norm=layout.everywhere(encoded_K.norm))
 
     # What the server does with it.
 
@@ -269,9 +277,11 @@ class RoundPrograms:
     ) -> Applied:
         """`Server.apply` with the clients' shares, which follow from their weights."""
         shares_K = self._shares(clients, local, state, sums, seed, number)
-        return self._server.apply(
+        applied = self._server.apply(
             total, inverse, state, clients, local, shares_K, sums.public, seed, number
         )
+        # It is the next round's state, which the host saves.
+        return self._recipe.layout.everywhere(applied)
 
     def _shares(
         self,
@@ -335,7 +345,10 @@ class RoundPrograms:
         # The individual messages and results stay inside the program.
         first = first._replace(ints_P=_no_ints(), memory=())
         local = local._replace(after={}, control=(), state=remembered(local.state, sent))
-        return applied, local, first, limbs_Kx4
+        # Read on the host; a barrier lies where its other readers want it.
+        read = (local.metrics, first.norm, limbs_Kx4)
+        metrics, norm, limbs_Kx4 = self._recipe.layout.everywhere(read)
+        return applied, local._replace(metrics=metrics), first._replace(norm=norm), limbs_Kx4
 
 
 def remembered(clients: ClientState, message: EncodedMessage) -> ClientState:

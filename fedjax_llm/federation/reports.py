@@ -62,6 +62,7 @@ class RoundReport:
         seconds: measured wall-clock seconds by stage: train, encrypt, add, decrypt, apply.
         seconds_virtual: simulated seconds from the version before to this one.
         dollars_server: what the server pays in them.
+        clients_at_once: that ran in one vmap on a device.
     """
 
     round: int
@@ -74,6 +75,7 @@ class RoundReport:
     seconds: Mapping[str, float]
     seconds_virtual: float
     dollars_server: float
+    clients_at_once: int
 
     @property
     def uplink_bytes(self) -> int:
@@ -115,6 +117,7 @@ def report(
     error: float,
     ledger: Ledger,
     calendar: Calendar,
+    clients_at_once: int,
 ) -> RoundReport:
     """Puts a round's measurements together, the clients of a cloud as one.
 
@@ -132,6 +135,7 @@ def report(
         error: see `RoundReport.aggregation_error`.
         ledger: bytes and seconds.
         calendar: virtual time and money.
+        clients_at_once: see `RoundReport`.
     """
     count = len(participants)
     rows_K, losses_K = (np.asarray(x, np.float64)[:count] for x in (metrics.rows, metrics.loss_sum))
@@ -172,4 +176,5 @@ def report(
         seconds=ledger.seconds,
         seconds_virtual=calendar.timeline.between(number),
         dollars_server=float(calendar.bill.server_N[number - 1]),
+        clients_at_once=clients_at_once,
     )

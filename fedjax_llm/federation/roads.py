@@ -90,7 +90,7 @@ class Road:
                 clients._replace(state=ClientState((), {}, ())),
                 inverse,
                 self.seed,
-                jnp.int32(number),
+                self.layout.replicate(np.int32(number)),
             )
         )
         if self.sums_weights:
@@ -115,7 +115,7 @@ class Road:
     ) -> Outcome:
         """A round whose sums are taken between the clouds."""
         shared = self.layout.replicate(state)
-        where = (self.seed, jnp.int32(number))
+        where = (self.seed, self.layout.replicate(np.int32(number)))
         a_round = programs.stages + self.sums_weights
         numbers = iter(range((number - 1) * a_round + 1, number * a_round + 1))
 

@@ -1,5 +1,6 @@
 """The clients of a federation: where each is, what it counts, and who takes part in a round."""
 
+import copy
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -64,6 +65,13 @@ class Roster:
                 [p.rows for p in participants], [p.cloud.link.up_mbps for p in participants]
             )
         self._training = training
+
+    def laid_out(self, layout: CohortLayout) -> "Roster":
+        """The same clients, computed elsewhere or in other groups."""
+        other = copy.copy(self)
+        other.__dict__.pop("_tables", None)
+        other._layout = layout
+        return other
 
     @cached_property
     def _tables(self) -> ClientTable:

@@ -214,6 +214,9 @@ class Server:
         """What leaves each cloud: the sum over its clients, in the plain inside the cloud."""
         clouds = self._recipe.clouds
         count = max(clouds) + 1
+        # Read on the host, which may hold some of the devices only.
+        everywhere = self._recipe.layout.everywhere
         if count == len(clouds):
-            return ints_KxP
-        return jax.ops.segment_sum(ints_KxP[: len(clouds)], jnp.asarray(clouds), count)
+            return everywhere(ints_KxP)
+        own_KxP = self._recipe.layout.gathered(ints_KxP)
+        return everywhere(jax.ops.segment_sum(own_KxP, jnp.asarray(clouds), count))

@@ -1,9 +1,10 @@
 """From a run file to the objects of the federation. The only place that knows both."""
 
+import contextlib
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,7 @@ from fedjax_llm.data import (
     load_corpus,
     read_cloud,
 )
+from fedjax_llm.errors import UserError
 from fedjax_llm.federation import (
     Attackers,
     Bfv,
@@ -46,11 +48,13 @@ from fedjax_llm.federation import (
 from fedjax_llm.federation.link_promises import (
     MoreCycles,
 )
+from fedjax_llm.federation.mesh import MeshShape
 from fedjax_llm.federation.promises import fewest_clouds
 from fedjax_llm.federation.shares import mechanism_and_bits
 from fedjax_llm.federation.state import init_state
 from fedjax_llm.lora import LoraConfig
-from fedjax_llm.models import DecoderConfig, Model, Tokenizer, load_model
+from fedjax_llm.models import DecoderConfig, Model, Tokenizer, load_config, load_model
+from fedjax_llm.models.sharding import check_sizes
 from fedjax_llm.privacy import PrivacyPlan, secret_key
 from fedjax_llm.privacy.weights import Weights as PlanWeights
 from fedjax_llm.runs import dividing, harmonising, plans
@@ -81,7 +85,39 @@ def model(run_file: RunFile, on_event: OnEvent) -> Model:
     """Loads the run's base model, fetching it first when it is named and not cached."""
     section, folder = run_file.model, model_folder(run_file, on_event)
     on_event(Stage("model", section.name or folder.name))
-    return load_model(folder, dtype=jnp.dtype(section.dtype))
+    mesh, kept = run_file.devices.mesh, section.weights or section.dtype
+    check_sizes(load_config(folder), mesh.data, mesh.model)
+    with _on_host() if mesh.data * mesh.model > 1 else contextlib.nullcontext():
+        if kept == "float32" or kept == "bfloat16":
+            return load_model(folder, dtype=jnp.dtype(kept))
+        return load_model(folder, dtype=jnp.dtype(section.dtype), quantised=kept)
+
+
+def _on_host() -> contextlib.AbstractContextManager[Any]:
+    """Arrays are made in the host's memory: a model that is cut may fit on no device as a whole."""
+    try:
+        host = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        raise UserError(
+            "[devices] mesh cuts the weights, which pass through the host's memory, and "
+            "JAX_PLATFORMS leaves out the CPU; add cpu to it, at the end"
+        ) from None
+    return jax.default_device(host)
+
+
+def mesh(run_file: RunFile) -> MeshShape:
+    """How the devices are divided."""
+    found = run_file.devices.mesh
+    return MeshShape(found.clouds, found.data, found.model)
+
+
+def check_devices(run_file: RunFile) -> None:
+    """Refuses a mesh that the devices of this run do not fill, before anything is loaded.
+
+    Raises:
+        UserError: as said.
+    """
+    mesh(run_file).over(jax.devices())
 
 
 class Outline(Protocol):
@@ -199,6 +235,7 @@ def local_training(run_file: RunFile, base: Model) -> LocalTraining:
             else None
         ),
         drift=drift(run_file),
+        keeps_optimizer=training.keep_optimizer,
     )
 
 
@@ -433,8 +470,10 @@ def _federation(
         noise_key=None if secret is None else secret_key(secret),
         dtype=jnp.dtype(run_file.model.dtype),
         remat=training.remat,
+        unroll=training.unroll,
         evaluation_microbatch=run_file.evaluation.microbatch,
         clients_at_once=None if at_once == "auto" else int(at_once),
+        mesh=mesh(run_file),
     )
 
 

@@ -160,7 +160,13 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         if self._manager is None:
+            own = jax.process_index()
             options = ocp.CheckpointManagerOptions(
+                create=False,
+                # Of several processes one writes, and waits for none.
+                multiprocessing_options=ocp.options.MultiprocessingOptions(
+                    primary_host=own, active_processes={own}
+                ),
                 max_to_keep=self.keep,
                 enable_async_checkpointing=False,
                 cleanup_tmp_directories=True,

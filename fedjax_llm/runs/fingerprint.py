@@ -7,10 +7,11 @@ is not continued.
 
 Left out is what a user may change between two processes: `rounds` (with independent noise),
 `[privacy] budget`, `[evaluation]`, `[checkpoint]`,
-links, the rounds in which a cloud is offline, and what fits the work into memory (`microbatch`,
-`remat`, `clients_at_once`; these move results by rounding). Paths are left out too: it is the
-content that counts, and a folder may have been moved. What a selective encryption encrypts moves
-no result; a change between two processes would uncover more than either says, and is refused.
+links, the rounds in which a cloud is offline, and what fits the work into memory and time
+(`microbatch`, `remat`, `unroll`, `clients_at_once`; these move results by rounding). Paths are left
+out too: it is the content that counts, and a folder may have been moved. What a selective
+encryption encrypts moves no result; a change between two processes would uncover more than either
+says, and is refused.
 """
 
 import hashlib
@@ -42,7 +43,7 @@ _OF_CLOUDS = {
     *DividingKeys.model_fields,
 }
 # What fits the work into memory, and the budget, which says when to stop.
-_FREE = {"microbatch", "remat", "clients_at_once", "budget"}
+_FREE = {"microbatch", "remat", "unroll", "clients_at_once", "budget"}
 
 
 def of(run_file: RunFile, base: Model, corpora: Sequence[Corpus]) -> Fingerprint:
@@ -72,7 +73,9 @@ def of(run_file: RunFile, base: Model, corpora: Sequence[Corpus]) -> Fingerprint
     for name in ("attack", "compression"):
         section = getattr(run_file, name)
         found[f"section [{name}]"] = _text(section and section.model_dump(mode="json"))
-    found["model"] = _text([repr(base.config), _arrays(base.base)])
+    # Where weights are kept in a way of their own, they do not tell what is computed in.
+    computed = [] if run_file.model.weights is None else [run_file.model.dtype]
+    found["model"] = _text([repr(base.config), _arrays(base.base), *computed])
     found["tokenizer"] = base.tokenizer.sha256
     for corpus in corpora:
         found[f"data of cloud {corpus.name!r}"] = _arrays((corpus.train, corpus.evaluation))

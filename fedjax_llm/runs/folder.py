@@ -24,7 +24,7 @@ from fedjax_llm.errors import UserError
 from fedjax_llm.runs import disk
 
 FORMAT = 1
-_SECRET_BYTES = 32
+SECRET_BYTES = 32
 _FORMAT_LINE = "fedjax-llm run folder, format {}\n"
 # What a run leaves that ended before its first round; it is no result, so a new run may take it.
 _SKELETON = {
@@ -98,7 +98,7 @@ class RunFolder:
         self.checkpoints.chmod(0o700)
         if not _has_checkpoint(self.path):
             # Nothing has been released under an old one, whatever it was for.
-            secret = os.urandom(_SECRET_BYTES)
+            secret = os.urandom(SECRET_BYTES)
             disk.atomic_write(file, secret, mode=0o600)
             return secret
         try:
@@ -108,9 +108,9 @@ class RunFolder:
                 f"{file} is gone, and with it the noise of this run: a round run again would be "
                 "released under other noise; begin a new run"
             ) from None
-        if len(secret) != _SECRET_BYTES:
+        if len(secret) != SECRET_BYTES:
             raise UserError(
-                f"{file} is damaged: {len(secret)} bytes, not {_SECRET_BYTES}; begin a new run"
+                f"{file} is damaged: {len(secret)} bytes, not {SECRET_BYTES}; begin a new run"
             )
         return secret
 

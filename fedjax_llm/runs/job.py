@@ -6,23 +6,25 @@ a process killed between checkpoint and metrics line loses neither.
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from fedjax_llm.data import Record, prompt_text
 from fedjax_llm.errors import Refused, UserError
-from fedjax_llm.federation import Federation, FederationState, RoundReport
+from fedjax_llm.federation import Federation, FederationState, RoundReport, processes
 from fedjax_llm.models import Model, generate
 from fedjax_llm.runs import (
     auditing,
     build,
+    compiled,
     fingerprint,
     forecast_file,
     harmonising,
     machine,
     metrics,
     opened,
+    orders,
     report,
     runfile,
     stopping,
@@ -42,6 +44,7 @@ from fedjax_llm.runs.events import (
 )
 from fedjax_llm.runs.folder import RunFolder
 from fedjax_llm.runs.metrics import CloudRecord, RoundRecord
+from fedjax_llm.runs.orders import Order
 from fedjax_llm.runs.runfile import RunFile
 from fedjax_llm.runs.runfile_aggregation import AttackSection
 from fedjax_llm.runs.summary import Sample, Summary
@@ -64,13 +67,25 @@ def run(run_file: RunFile, folder: RunFolder, *, on_event: OnEvent = ignore) -> 
             on another model, other data or other settings; every round before is kept.
         Refused: something that would break the run's privacy or security.
     """
+    compiled.keep()
+    with compiled.FirstRound(on_event) as told:
+        return _run(run_file, folder, told)
+
+
+def _run(run_file: RunFile, folder: RunFolder, on_event: OnEvent) -> Summary:
+    build.check_devices(run_file)
+    build.model_folder(run_file, on_event)  # fetched by this process alone
+    orders.give(Order.BEGIN)
     base = build.model(run_file, on_event)
     corpora = build.corpora(run_file, base, on_event)
     harmonising.record(folder, run_file, corpora)
     forecast_file.record(folder, run_file)
     identity = fingerprint.of(run_file, base, corpora)
+    orders.check_same(identity)
     on_event(Stage("sum" if run_file.secure.sum == "plain" else "keys"))
-    secret = folder.noise_secret() if build.secret_noise(run_file) else None
+    secret = None
+    if build.secret_noise(run_file):
+        secret = orders.shared_secret(folder.noise_secret())
     federation = build.federation(run_file, base, corpora, secret)
     identity |= fingerprint.of_timeline(federation.calendar)
     timeline_file.write(folder, federation.calendar, run_file.rounds)
@@ -119,11 +134,17 @@ def run(run_file: RunFile, folder: RunFolder, *, on_event: OnEvent = ignore) -> 
             if not records or records[-1]["round"] < found.round:
                 metrics.append(folder.metrics, cast(RoundRecord, found.metadata["record"]))
             on_event(Note(f"continuing after round {found.round} of {run_file.rounds}"))
+        if run_file.training.clients_at_once == "auto":
+            # What fits may have changed since, and with it the bytes of the next rounds.
+            kept = None if found is None else found.metadata.get("clients_at_once")
+            federation.keep_at_once(orders.shared_count(kept))
+        state = processes.from_first(state)
         with TensorBoard(folder.tensorboard, metrics.read(folder.metrics)) as board:
             if found is None:
                 on_event(RoundStarted(0, run_file.rounds))
                 record = _before_training(federation, initial, on_event)
-                _finish_round(folder, checkpoints, board, initial, record, identity, {}, on_event)
+                begun = {"fingerprint": identity, "offline": {}}
+                _finish_round(folder, checkpoints, board, initial, record, begun, on_event)
             rounds = min(run_file.rounds, federation.spending.allowed_steps)
             if rounds < run_file.rounds:
                 on_event(
@@ -136,17 +157,23 @@ def run(run_file: RunFile, folder: RunFolder, *, on_event: OnEvent = ignore) -> 
                 rounds = int(state.round)
             for number in range(int(state.round) + 1, rounds + 1):
                 on_event(RoundStarted(number, rounds))
+                # The state before the first round is read again at the end of the run.
+                spare = state is not initial
                 state, record = _one_round(
-                    folder, federation, run_file, state, number == rounds, on_event
+                    folder, federation, run_file, state, number == rounds, on_event, spare
                 )
-                offline = _offline(run_file, number)
-                _finish_round(
-                    folder, checkpoints, board, state, record, identity, offline, on_event
-                )
+                metadata: dict[str, Any] = {
+                    "fingerprint": identity,
+                    "offline": _offline(run_file, number),
+                    "clients_at_once": federation.clients_at_once,
+                }
+                _finish_round(folder, checkpoints, board, state, record, metadata, on_event)
                 if stopping.reached(run_file, record):
                     break
     finally:
         checkpoints.close()
+    orders.give(Order.END)
+    initial, state = processes.own((initial, state))
 
     if run_file.audit is not None:
         on_event(Stage("audit"))
@@ -180,6 +207,7 @@ def resume(path: Path, *, on_event: OnEvent = ignore) -> Summary:
         result = _finished(run_file, folder)
         if result is None:
             return run(run_file, folder, on_event=on_event)
+        orders.give(Order.END)
         on_event(Note(f"all {result.rounds} rounds are done; only the report is made again"))
         on_event(Stage("report"))
         report.write(folder)
@@ -214,6 +242,7 @@ def _before_training(
 ) -> RoundRecord:
     on_event(Progress(0, 1, "evaluate"))
     started = time.perf_counter()
+    orders.give(Order.EVALUATE)
     losses = federation.evaluate(state)
     seconds = time.perf_counter() - started
     on_event(Progress(1, 1, "evaluate"))
@@ -233,21 +262,27 @@ def _one_round(
     state: FederationState,
     last: bool,
     on_event: OnEvent,
+    spare: bool,
 ) -> tuple[FederationState, RoundRecord]:
     stages = ("train", "encrypt", "decrypt", "evaluate")
-    started = time.perf_counter()
+    started, before = time.perf_counter(), federation.clients_at_once
+    orders.give(Order.ROUND)
     state, done = federation.run_round(
         state,
         on_stage=lambda stage: on_event(Progress(stages.index(stage), len(stages), stage)),
         before_opening=lambda number, clouds: opened.record(folder, number, clouds),
+        donate=spare,
     )
+    if done.clients_at_once != before:
+        on_event(Note(f"{done.clients_at_once} clients run at once on a device, {before} before"))
     losses: dict[str, float] = {}
     seconds_evaluate = 0.0
     if last or done.round % run_file.evaluation.every_rounds == 0:
         on_event(Progress(3, len(stages), "evaluate"))
-        before = time.perf_counter()
+        evaluating = time.perf_counter()
+        orders.give(Order.EVALUATE)
         losses = federation.evaluate(state)
-        seconds_evaluate = time.perf_counter() - before
+        seconds_evaluate = time.perf_counter() - evaluating
     on_event(Progress(len(stages), len(stages), "evaluate"))
     record = _record(done, losses, federation)
     record["seconds_evaluate"] = seconds_evaluate
@@ -329,17 +364,12 @@ def _finish_round(
     board: TensorBoard,
     state: FederationState,
     record: RoundRecord,
-    identity: fingerprint.Fingerprint,
-    offline: dict[str, list[int]],
+    metadata: Mapping[str, Any],
     on_event: OnEvent,
 ) -> None:
     started = time.perf_counter()
-    metadata = {
-        "record": metrics.strict(record),
-        "fingerprint": identity,
-        "offline": offline,
-    }
-    checkpoints.save(record["round"], state, metadata)
+    saved = {"record": metrics.strict(record), **metadata}
+    checkpoints.save(record["round"], state, saved)
     record["seconds_checkpoint"] = time.perf_counter() - started
     record["seconds_round"] += record["seconds_checkpoint"]
     metrics.append(folder.metrics, record)

@@ -12,6 +12,7 @@ from fedjax_llm.runs.runfile_aggregation import (
 )
 from fedjax_llm.runs.runfile_clouds import AvailabilitySection, ComputeSection, PricesSection
 from fedjax_llm.runs.runfile_clouds import Link as Link
+from fedjax_llm.runs.runfile_devices import DevicesSection
 from fedjax_llm.runs.runfile_errors import problem
 from fedjax_llm.runs.runfile_harmonise import (
     CloudHarmoniseSection,
@@ -48,11 +49,18 @@ from fedjax_llm.runs.runfile_types import (
 
 
 class ModelSection(Section):
-    """[model]: a model of the catalogue by `name`, or a Hugging Face folder by `path`."""
+    """[model]: a model of the catalogue by `name`, or a Hugging Face folder by `path`.
+
+    `dtype` is of activations and matrix products; adapters, optimisers, clipping and messages are
+    float32. `weights` says how the frozen weights are kept, as `dtype` if left out: in "int8" or
+    "nf4" only the kernels of the layers, the rest in `dtype`; "nf4-double" keeps the scales of nf4
+    in eight bits.
+    """
 
     name: str | None = Field(None, min_length=1)
     path: str | None = Field(None, min_length=1)
     dtype: Literal["float32", "bfloat16"] = "float32"
+    weights: Literal["float32", "bfloat16", "int8", "nf4", "nf4-double"] | None = None
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -74,6 +82,9 @@ class TrainingSection(Section):
     """[training]: one client's local update. `batch_size` is the expected batch size.
 
     `proximal` is the mu of FedProx; `scaffold` adds control variates, and as much again to send.
+    With `keep_optimizer` a client goes on with its optimiser's state from round to round; without,
+    it begins anew, and memory does not grow with the clients by it. `unroll` layers are compiled in
+    a row: faster on a CPU, and longer to compile.
     """
 
     local_steps: Count = 4
@@ -82,12 +93,14 @@ class TrainingSection(Section):
     sequence_length: Annotated[int, Field(ge=8)] = 256
     optimizer: Optimizer = "adamw"
     learning_rate: Positive = 1e-3
+    keep_optimizer: bool = True
     proximal: NotNegative = 0.0
     scaffold: bool = False
     template: Literal["chat", "plain"] = "chat"
     system_prompt: str = ""
     packing: bool = False
     remat: bool = False
+    unroll: Count = 1
     clients_at_once: Annotated[int | Literal["auto"], Field(union_mode="left_to_right")] = "auto"
 
     @model_validator(mode="after")
@@ -202,6 +215,7 @@ class RunFile(Section):
     compression: CompressionSection | None = None
     evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    devices: DevicesSection = DevicesSection()
     attack: AttackSection | None = None
     audit: AuditSection | None = None
     harmonise: HarmoniseSection | None = None

@@ -19,6 +19,7 @@ from fedjax_llm.errors import UserError
 from fedjax_llm.privacy import poisson_clipped_grad_sum, poisson_sample, uniform_batches
 from fedjax_llm.training.example_privacy import ExamplePrivacy, NoiseStream, StepNoise
 from fedjax_llm.training.optimizers import optimizer_step
+from fedjax_llm_kernels.lockstep import turns_together
 
 PyTree = Any
 RowLoss = Callable[[PyTree, PyTree], jax.Array]
@@ -233,7 +234,8 @@ def _until(
         return after, jax.tree.map(jnp.add, metrics, found)
 
     zeros = ClientMetrics(*(jnp.float32(0) for _ in ClientMetrics._fields))
-    return jax.lax.fori_loop(jnp.int32(0), steps, one, (start, zeros))
+    found: tuple[_Carry, ClientMetrics] = turns_together(steps, one, (start, zeros))
+    return found
 
 
 class _Carry(NamedTuple):

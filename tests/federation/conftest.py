@@ -1,6 +1,7 @@
 """A small real federation: a random three-layer decoder and three clouds of different sizes."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,48 +78,52 @@ def make_participants() -> Callable[..., list[Participant]]:
     return participants
 
 
+def random_model() -> Model:
+    return Model(CONFIG, init_base(CONFIG, jax.random.key(7)), None, Path())  # type: ignore[arg-type]
+
+
 @pytest.fixture(scope="session")
 def model() -> Model:
-    base = init_base(CONFIG, jax.random.key(7))
-    return Model(CONFIG, base, None, Path())  # type: ignore[arg-type]
+    return random_model()
+
+
+def build(model: Model, /, unit: str = "none", rounds: int = 4, **changes: Any) -> Federation:
+    clouds = changes.pop("participants", None) or participants()
+    private = ExamplePrivacy(0.5, 0.8) if unit == "example" else None
+    plans = {
+        "none": lambda: PrivacyPlan.without_privacy(rounds, 2),
+        "example": lambda: PrivacyPlan.for_examples(
+            [cloud.rows for cloud in clouds],
+            expected_batch=6,
+            steps_per_round=2,
+            rounds=rounds,
+            clip_norm=0.5,
+            noise_multiplier=0.8,
+            delta=1e-3,
+        ),
+        "client": lambda: PrivacyPlan.for_clients(
+            len(clouds),
+            rounds=rounds,
+            clip_norm=0.1,
+            noise_multiplier=0.7,
+            delta=1e-2,
+            rate=changes.pop("rate", 1.0),
+        ),
+    }
+    arguments: dict[str, Any] = {
+        "lora": LoraConfig(rank=2, alpha=4.0, targets=("q_proj", "v_proj")),
+        "training": LocalTraining(optax.adam(0.02), 2, 6, 4, private),
+        "rule": FfaLora(optax.sgd(1.0)),
+        "plan": plans[unit](),
+        "sum_mode": Plain(),
+        "seed": 3,
+        "measure_error": False,  # it takes as long to compile as the rest
+        "clients_at_once": 1,  # so that every device has something to do
+    }
+    return Federation(changes.pop("model", model), clouds, **(arguments | changes))
 
 
 @pytest.fixture(scope="session")
 def federate(model: Model) -> Callable[..., Federation]:
     """Builds a federation; keyword arguments replace parts of the default one."""
-
-    def build(unit: str = "none", rounds: int = 4, **changes: Any) -> Federation:
-        clouds = changes.pop("participants", None) or participants()
-        private = ExamplePrivacy(0.5, 0.8) if unit == "example" else None
-        plans = {
-            "none": lambda: PrivacyPlan.without_privacy(rounds, 2),
-            "example": lambda: PrivacyPlan.for_examples(
-                [cloud.rows for cloud in clouds],
-                expected_batch=6,
-                steps_per_round=2,
-                rounds=rounds,
-                clip_norm=0.5,
-                noise_multiplier=0.8,
-                delta=1e-3,
-            ),
-            "client": lambda: PrivacyPlan.for_clients(
-                len(clouds),
-                rounds=rounds,
-                clip_norm=0.1,
-                noise_multiplier=0.7,
-                delta=1e-2,
-                rate=changes.pop("rate", 1.0),
-            ),
-        }
-        arguments: dict[str, Any] = {
-            "lora": LoraConfig(rank=2, alpha=4.0, targets=("q_proj", "v_proj")),
-            "training": LocalTraining(optax.adam(0.02), 2, 6, 4, private),
-            "rule": FfaLora(optax.sgd(1.0)),
-            "plan": plans[unit](),
-            "sum_mode": Plain(),
-            "seed": 3,
-            "measure_error": False,  # it takes as long to compile as the rest
-        }
-        return Federation(model, clouds, **(arguments | changes))
-
-    return build
+    return partial(build, model)

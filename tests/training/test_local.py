@@ -110,3 +110,39 @@ def test_every_optimiser_lowers_the_loss(name: str) -> None:
     x, w = problem()
     after, _ = update(LocalTraining(OPTIMIZERS[name](0.02), 20, 6, 6), 0.0)
     assert np.square(x @ after - 1).mean() < np.square(x @ w - 1).mean()
+
+
+@pytest.mark.parametrize("private", [False, True])
+def test_a_client_that_stops_early_ends_as_one_with_fewer_steps(private: bool) -> None:
+    """Beside one that goes on for longer; only its own steps are measured."""
+    x, w = problem()
+    privacy = ExamplePrivacy(0.5, 0.3) if private else None
+    table = ClientTable(jnp.asarray(x), jnp.int32(ROWS), jnp.float32(0.4))
+    params = {"w": jnp.asarray(w)}
+
+    def run(steps: int, taken: list[int] | None) -> tuple[np.ndarray, ClientMetrics]:
+        training = LocalTraining(optax.adam(0.1), steps, 4, 2, privacy)
+        state = optimizer_init(training.optimizer, params)
+
+        def one(own: jax.Array | None) -> tuple[jax.Array, ClientMetrics]:
+            keys = jax.random.key(1), jax.random.key(2)
+            done = client_update(row_loss, training, params, state, table, *keys, own)
+            return done.trainable["w"], done.metrics
+
+        if taken is None:
+            after, metrics = jax.jit(lambda: one(None))()
+            return np.asarray(after)[None], metrics
+        after, metrics = jax.jit(jax.vmap(one))(jnp.array(taken, jnp.int32))
+        return np.asarray(after), metrics
+
+    together, metrics = run(5, [2, 5])
+    rows = np.asarray(metrics.rows)
+    assert rows[0] < rows[1]
+    if private:
+        # Samples and noise are addressed by the step alone.
+        alone, own = run(2, None)
+        np.testing.assert_allclose(together[0], alone[0], rtol=1e-6)
+        assert float(own.rows) == rows[0]
+    whole, own = run(5, None)
+    np.testing.assert_allclose(together[1], whole[0], rtol=1e-6)
+    assert float(own.rows) == rows[1]

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 
 from fedjax_llm.errors import UserError
 from fedjax_llm_kernels.clip_norm import MARGIN, clip_arrays
+from fedjax_llm_kernels.lockstep import in_step
 from fedjax_llm_kernels.metered import Metered, NotAPlainFactor
 
 from .kinds import Bound, Clip, PerFactor, PerLayer
@@ -156,10 +157,12 @@ def _weighted(
         within_E = (norm_E * jnp.float32(MARGIN) <= bound) & jnp.isfinite(norm_E)
         over_E = ~within_E & (weights_E > 0)
         weights_E = jnp.where(over_E, jnp.float32(0), weights_E)
-        return weights_E, [leaves[place] for place in places], over_E.any()
+        again = in_step(over_E.any().astype(jnp.int32)) > 0
+        return weights_E, [leaves[place] for place in places], again
 
     start = [jnp.zeros(shapes[place].shape, shapes[place].dtype) for place in places]
-    # At most one turn more than examples: each turn but the last takes a weight away.
+    # At most one turn more than examples: each turn but the last takes a weight away. One more
+    # than needed, beside a device that needs it, finds the same again.
     _, leaves, _ = jax.lax.while_loop(
         lambda state: state[2], attempt, (weights_E, start, jnp.bool_(True))
     )

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_llm.errors import UserError
+from fedjax_llm_kernels.lockstep import turns_together
 
 from .ghost import ghost_sums
 from .kinds import Clip, Joint, as_clip
@@ -199,7 +200,7 @@ def poisson_clipped_grad_sum(
         return jax.tree.map(jnp.add, carry, found)
 
     turns = (count + jnp.int32(microbatch - 1)) // jnp.int32(microbatch)
-    total, stats = jax.lax.fori_loop(jnp.int32(0), turns, body, start)
+    total, stats = turns_together(turns, body, start)
     return total, _mean_loss(stats)
 
 

@@ -1,0 +1,126 @@
+"""What a federation runs on: layout, tables, programs; all of it depends on the clients at once."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedjax_llm.errors import UserError
+from fedjax_llm.federation.cohort import ClientState
+from fedjax_llm.federation.fitting import most_that_fit, program_bytes
+from fedjax_llm.federation.layout import CohortLayout
+from fedjax_llm.federation.message import MessageCodec
+from fedjax_llm.federation.programs import RoundPrograms
+from fedjax_llm.federation.recipe import Recipe
+from fedjax_llm.federation.roads import Road
+from fedjax_llm.federation.roster import Roster
+from fedjax_llm.federation.state import FederationState
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Engine:
+    """The parts of a federation that are compiled.
+
+    Attributes:
+        roster: the clients, whose tables are laid out.
+        recipe: of the programs.
+        road: of rounds in which all wait.
+        codecs: fixed point of the messages, by phase and stage.
+        programs: by phase.
+    """
+
+    roster: Roster
+    recipe: Recipe
+    road: Road
+    codecs: tuple[tuple[MessageCodec, ...], ...]
+    programs: tuple[RoundPrograms, ...]
+
+    @classmethod
+    def of(
+        cls,
+        roster: Roster,
+        recipe: Recipe,
+        road: Road,
+        codecs: Sequence[tuple[MessageCodec, ...]],
+    ) -> "Engine":
+        """Nothing is compiled before it is called for."""
+        programs = (RoundPrograms(recipe, phase, own) for phase, own in enumerate(codecs))
+        return cls(roster, recipe, road, tuple(codecs), tuple(programs))
+
+    @property
+    def layout(self) -> CohortLayout:
+        """Where clients run."""
+        return self.recipe.layout
+
+    def at_once(self, group: int) -> "Engine":
+        """The same with another number of clients at once."""
+        layout = replace(self.layout, group=group)
+        return Engine.of(
+            self.roster.laid_out(layout),
+            replace(self.recipe, layout=layout),
+            replace(self.road, layout=layout),
+            self.codecs,
+        )
+
+    def fitted(self, state: FederationState, memory: int, plain: bool) -> "Engine":
+        """With as many clients at once as the memory of a device holds, see `fitting`.
+
+        Args:
+            state: of the first round.
+            memory: bytes of a device.
+            plain: whether a round is one program.
+
+        Raises:
+            UserError: one client does not fit.
+        """
+        each = -(-self.layout.clients // self.layout.places)
+        group = most_that_fit(lambda group: self.at_once(group).bytes(state, plain), each, memory)
+        _log.info("%d of %d clients of a device run at once", group, each)
+        return self.at_once(group)
+
+    def bytes(self, state: FederationState, plain: bool) -> int:
+        """Bytes of a device that the program which trains takes; it is compiled and not run."""
+        programs, road = self.programs[0], self.road
+        everyone_K = np.ones(self.layout.clients, bool)
+        clients = self.roster.inputs(state.clients, 1, everyone_K)
+        shared = self.layout.replicate(state.globals)
+        where = (road.seed, jnp.int32(1))
+        if plain:
+            rest = clients._replace(state=ClientState((), {}, ()))
+            given = (road.base, shared, clients.state, rest, jnp.float32(1), *where)
+            return program_bytes(programs.round.lower(*given).compile())
+        lowered = programs.train_and_send.lower(
+            road.base, shared, clients, *where, summed=programs.leaves_cloud
+        )
+        return program_bytes(lowered.compile())
+
+    def halved(self, error: jax.errors.JaxRuntimeError, lost: bool) -> "Engine":
+        """After memory ran out while clients trained: half of them at once.
+
+        Args:
+            error: what the device said; raised again if it is about something else.
+            lost: whether the state was given away to the program that failed.
+
+        Raises:
+            UserError: one client alone does not fit, or the state is lost.
+        """
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise error
+        group = self.layout.group
+        if group == 1:
+            raise UserError(
+                "out of memory with one client at once; lower microbatch, set remat = true, or "
+                "spread the model over more devices"
+            ) from error
+        if lost:
+            raise UserError(
+                f"out of memory with {group} clients at once; go on from the last checkpoint with "
+                f"clients_at_once = {group // 2}"
+            ) from error
+        _log.warning("out of memory with %d clients at once: %d from now on", group, group // 2)
+        return self.at_once(group // 2)
