@@ -10,7 +10,7 @@ import numpy as np
 
 from fedjax_llm.errors import UserError
 from fedjax_llm.federation.cohort import ClientState
-from fedjax_llm.federation.fitting import most_that_fit, program_bytes
+from fedjax_llm.federation.fitting import evened, most_that_fit, program_bytes
 from fedjax_llm.federation.layout import CohortLayout
 from fedjax_llm.federation.message import MessageCodec
 from fedjax_llm.federation.programs import RoundPrograms
@@ -80,6 +80,7 @@ class Engine:
         """
         each = -(-self.layout.clients // self.layout.places)
         group = most_that_fit(lambda group: self.at_once(group).bytes(state, plain), each, memory)
+        group = evened(each, group)
         _log.info("%d of %d clients of a device run at once", group, each)
         return self.at_once(group)
 

@@ -11,20 +11,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpy.typing import NDArray
 
 from fedjax_llm.aggregation import AggregationRule, LossWeights, Weights
-from fedjax_llm.aggregation.robust import GroupRobust
 from fedjax_llm.clouds.schedules import Schedule, Synchronous
 from fedjax_llm.errors import Refused
-from fedjax_llm.federation import pending, processes
 from fedjax_llm.federation.assembly import Settings, assemble
 from fedjax_llm.federation.calendar import Calendar
 from fedjax_llm.federation.compressor import Compression
 from fedjax_llm.federation.engine import Engine
 from fedjax_llm.federation.evaluation import HeldOut
-from fedjax_llm.federation.exchange import Codec, HiddenSums, Ledger, OnStage
-from fedjax_llm.federation.fitting import memory_of, on_a_cpu
+from fedjax_llm.federation.exchange import Codec, HiddenSums, OnStage
+from fedjax_llm.federation.fitting import on_a_cpu
 from fedjax_llm.federation.keys import Seeds, seed_key
 from fedjax_llm.federation.layout import CohortLayout
 from fedjax_llm.federation.link_promises import check_cycles
@@ -35,9 +32,9 @@ from fedjax_llm.federation.programs import RoundPrograms
 from fedjax_llm.federation.promises import Combination
 from fedjax_llm.federation.recipe import Attackers, Recipe
 from fedjax_llm.federation.reports import RoundReport, report
-from fedjax_llm.federation.roads import BeforeOpening, Outcome, Road
+from fedjax_llm.federation.roads import BeforeOpening, Road
 from fedjax_llm.federation.roster import Roster
-from fedjax_llm.federation.shares import check_online
+from fedjax_llm.federation.rounds import Rounds
 from fedjax_llm.federation.spending import Spending
 from fedjax_llm.federation.state import FederationState, adapter_of, init_state
 from fedjax_llm.federation.sums import Plain, Selective, SumMode
@@ -140,7 +137,6 @@ class Federation:
             # On an accelerator that is where it starts from, see `run_round`.
             group = on_a_cpu(len(participants), training.microbatch * length)
         layout = CohortLayout.over(len(participants), group, devices, mesh)
-        self._fits = clients_at_once is not None
         roster = Roster(participants, layout, training, plan, weights, lora.rank, self._seed)
         settings = Settings(
             lora=lora,
@@ -160,7 +156,7 @@ class Federation:
             unroll=unroll,
         )
         parts = assemble(model, settings, roster, layout)
-        self._robust, self._sizes = settings.robust, parts.sizes
+        self._sizes = parts.sizes
         road = Road(
             layout.place_base(model.config, model.base),
             layout,
@@ -171,7 +167,7 @@ class Federation:
             plan.unit != "client",
             parts.recipe.sums_weights,
         )
-        self._engine = Engine.of(roster, parts.recipe, road, parts.codecs)
+        engine = Engine.of(roster, parts.recipe, road, parts.codecs)
         self._held_out = HeldOut(
             layout,
             [participant.evaluation for participant in participants],
@@ -185,7 +181,7 @@ class Federation:
                 wanted.append(WeightCodec)
             clouds = range(len(roster.clouds))
             most = max(len(roster.members(cloud)) for cloud in clouds)
-            self._hidden = HiddenSums(sum_mode, self.names, parts.groups, most, wanted)
+            self._hidden = HiddenSums(sum_mode, roster.names, parts.groups, most, wanted)
         self._almanac = Almanac(
             self.schedule,
             roster,
@@ -197,6 +193,17 @@ class Federation:
             flops_per_token(model, parts.server.adapter, length, remat),
             length,
             seed,
+        )
+        self._rounds = Rounds(
+            engine,
+            rule,
+            plan,
+            self.schedule,
+            settings.robust,
+            self._hidden,
+            self._almanac,
+            self.steps,
+            clients_at_once is not None,
         )
         check_cycles(plan, self.calendar, self.steps)
 
@@ -233,11 +240,12 @@ class Federation:
 
     def keep_at_once(self, clients: int | None) -> None:
         """Runs so many clients at once from now on, whatever fits; nothing changes if None."""
-        if clients is None:
-            return
-        self._fits = True
-        if clients != self.clients_at_once:
-            self._engine = self._engine.at_once(clients)
+        if clients is not None:
+            self._rounds.keep_at_once(clients)
+
+    @property
+    def _engine(self) -> Engine:
+        return self._rounds.engine
 
     @property
     def calendar(self) -> Calendar:
@@ -305,7 +313,7 @@ class Federation:
             self._training,
             self._seed,
             len(self.participants),
-            self._robust,
+            self._rounds.robust,
             self._recipe.server_noise,
             self._recipe.adaptive,
             self._recipe.replicas is not None,
@@ -395,38 +403,12 @@ class Federation:
                 f"round {number}: the privacy plan accounts for {self.plan.allowed_rounds} "
                 f"rounds{within}; plan more, at a larger epsilon"
             )
-        online_K = self.roster.online(number)
-        calendar = self._almanac.calendar(max(number, self.steps))
-        landing = calendar.landing(number)
-        lands_K = online_K & landing.lands_K
-        self._check_landing(number, lands_K, online_K)
-        online = self.roster.clouds_online(online_K)
-        senders = self.roster.clouds_online(lands_K)
+        done = self._rounds.run(state, number, on_stage, before_opening, donate)
+        outcome, ledger = done.outcome, done.ledger
         phase = self.rule.phase(number)
-        self._fit(state)
-        opened: list[int] = []
-
-        def opens(number: int, clouds: Sequence[str]) -> None:
-            opened.append(number)
-            before_opening(number, clouds)
-
-        on_stage("train")
-        while True:
-            ledger = Ledger.of(self.names)
-            between = (senders, online, on_stage, opens)
-            try:
-                outcome = self._outcome(state, number, lands_K, calendar, ledger, between, donate)
-                break
-            except jax.errors.JaxRuntimeError as error:
-                # Of messages that have been added between the clouds there is no second sum.
-                if opened:
-                    raise
-                # The other processes do not know of it, and wait in the program that failed here.
-                lost = processes.several() or any(leaf.is_deleted() for leaf in _arrays(state))
-                self._engine = self._engine.halved(error, lost)
         if self._hidden is None:
-            ledger.add(sent=self._sizes.up(phase, lands_K))
-        ledger.add(received=self._sizes.down(phase, lands_K))
+            ledger.add(sent=self._sizes.up(phase, done.lands_K))
+        ledger.add(received=self._sizes.down(phase, done.lands_K))
         new = outcome.applied.state
         new_state = FederationState(
             self.layout.replicate(np.int32(number)),
@@ -444,7 +426,7 @@ class Federation:
             participants=self.participants,
             clouds=self.roster.clouds,
             cloud_K=self.roster.cloud_K,
-            online=online,
+            online=done.online,
             metrics=jax.device_get(outcome.metrics),
             norms_K=np.asarray(outcome.norm_K)[: len(self.participants)],
             private=self._training.privacy is not None,
@@ -452,105 +434,12 @@ class Federation:
             update_norm=float(outcome.applied.update_norm),
             error=float(outcome.applied.error),
             ledger=ledger,
-            calendar=calendar,
+            calendar=done.calendar,
             clients_at_once=self.clients_at_once,
         )
 
-    def _fit(self, state: FederationState) -> None:
-        """Takes as many clients at once as a device's memory holds, unless a number is set."""
-        if self._fits:
-            return
-        self._fits = True
-        own = memory_of(self.layout.mesh.local_devices[0])
-        # All processes have to come to the same number.
-        memory = int(processes.from_first(np.int64(own or 0)))
-        if memory:
-            plain = self._hidden is None and self.schedule.timely
-            self._engine = self._engine.fitted(state, memory, plain)
-
-    def _outcome(
-        self,
-        state: FederationState,
-        number: int,
-        lands_K: NDArray[np.bool_],
-        calendar: Calendar,
-        ledger: Ledger,
-        between: tuple[Sequence[str], Sequence[str], OnStage, BeforeOpening],
-        donate: bool,
-    ) -> Outcome:
-        """What a round comes to, on the road that sum and schedule ask for.
-
-        Args:
-            state: before it.
-            number: of the round.
-            lands_K: whose messages enter the sum.
-            calendar: virtual time.
-            ledger: takes bytes and seconds.
-            between: clouds that send and that can help to open, and who is told; of sums between
-                the clouds.
-            donate: see `run_round`.
-        """
-        road, programs = self._engine.road, self._programs[self.rule.phase(number)]
-        if not self.schedule.timely:
-            opener = self._opener(programs, number, ledger, *between)
-            return pending.step(road, programs, self.roster, calendar, state, ledger, opener)
-        selected_K = lands_K & self.roster.selected(number)
-        clients = self.roster.inputs(state.clients, number, selected_K, lands_K)
-        divisor = self.roster.divisor(lands_K, self._recipe.sums_weights)
-        inverse = self.layout.replicate(np.float32(1 / divisor))
-        given = (programs, state.globals, clients, inverse, number, ledger)
-        if self._hidden is None:
-            return road.plain(*given, donate)
-        return road.hidden(*given, self._hidden, *between)
-
-    def _check_landing(
-        self, number: int, lands_K: NDArray[np.bool_], online_K: NDArray[np.bool_]
-    ) -> None:
-        """Refuses a sum of messages that are too few for what combines, opens or hides them."""
-        if isinstance(self._robust, GroupRobust):
-            groups = self._recipe.groups or ()
-            reached = {group for group, here in zip(groups, lands_K, strict=True) if here}
-            self._robust.inner.check(len(reached))
-        elif self._robust is not None:
-            self._robust.check(int(lands_K.sum()))
-        if self._hidden is not None:
-            self._hidden.check(
-                self.roster.clouds_online(lands_K), self.roster.clouds_online(online_K)
-            )
-        if self.plan.integer is not None:
-            check_online(self.plan.integer, int(lands_K.sum()), number)
-
-    def _opener(
-        self,
-        programs: RoundPrograms,
-        number: int,
-        ledger: Ledger,
-        senders: Sequence[str],
-        online: Sequence[str],
-        on_stage: OnStage,
-        before_opening: BeforeOpening,
-    ) -> pending.Open | None:
-        """What takes the sum of one stage between the clouds; None on the devices."""
-        hidden = self._hidden
-        if hidden is None:
-            return None
-
-        def opened(ints_KxP: jax.Array) -> jax.Array:
-            before_opening(number, senders)
-            ints_CxP = programs.by_cloud(ints_KxP)
-            found = hidden.total(
-                programs.codecs[0], ints_CxP, senders, online, number, ledger, on_stage
-            )
-            return jnp.asarray(found, jnp.int32)
-
-        return opened
-
 
 _with_residual = jax.jit(add_dense)
-
-
-def _arrays(state: FederationState) -> Iterator[jax.Array]:
-    return (leaf for leaf in jax.tree.leaves(state) if isinstance(leaf, jax.Array))
 
 
 def _seeds(seed: int, noise_key: jax.Array | None, plan: PrivacyPlan) -> jax.Array | Seeds:

@@ -15,6 +15,7 @@ _SHARE = 0.9
 # On a CPU products gain from rows of several clients up to about so many: measured with decoders
 # 64 and 288 wide, see experiments/benchmarks/README.md.
 _ROWS_ON_CPU = 512
+_GAP = 0.05
 
 
 def memory_of(device: jax.Device) -> int | None:
@@ -42,13 +43,29 @@ def program_bytes(compiled: jax.stages.Compiled) -> int:
 
 
 def on_a_cpu(clients: int, rows: int) -> int:
-    """Clients at once on a CPU, where batching makes products longer and no memory is saved.
+    """Clients at once on a CPU, where batching makes products longer and nothing else faster.
+
+    The last group is filled with clients that do not count, and takes as long as the others: as
+    many as leave next to no gap.
 
     Args:
         clients: that a device has in all.
         rows: positions of one client's micro-batch.
     """
-    return max(1, min(clients, _ROWS_ON_CPU // max(rows, 1)))
+    most = max(1, min(clients, _ROWS_ON_CPU // max(rows, 1)))
+    return next(
+        group for group in range(most, 0, -1) if -clients % group <= _GAP * clients or group == 1
+    )
+
+
+def evened(clients: int, group: int) -> int:
+    """The fewest at once that make no more groups: 5 and 5 of ten, rather than 8 and 2.
+
+    >>> evened(10, 8), evened(64, 16), evened(3, 8)
+    (5, 16, 3)
+    """
+    groups = -(-clients // group)
+    return -(-clients // groups)
 
 
 def most_that_fit(bytes_of: Callable[[int], int], clients: int, memory: int) -> int:

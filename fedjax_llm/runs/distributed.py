@@ -17,7 +17,7 @@ from fedjax_llm.runs.cluster import check_local, cluster, gpus, stated, tpu_chip
 LIFELINE = "FEDJAX_LLM_LIFELINE"
 # After so many seconds without a sign of life, the coordination service ends all processes. The
 # signs come from a thread of JAX's own, so that no computation holds them up.
-HEARTBEAT_SECONDS = 30
+HEARTBEAT_SECONDS = 100
 SHUTDOWN_SECONDS = 24 * 3600
 PATIENCE_SECONDS = 300.0
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedjax_llm.errors import UserError
-from fedjax_llm.federation.fitting import most_that_fit, on_a_cpu, program_bytes
+from fedjax_llm.federation.fitting import evened, most_that_fit, on_a_cpu, program_bytes
 
 
 @given(
@@ -55,6 +55,16 @@ def test_bytes_are_those_of_the_compiled_program() -> None:
     assert 2 * size <= program_bytes(compiled) <= 5 * size
 
 
-@pytest.mark.parametrize(("clients", "rows", "group"), [(8, 128, 4), (8, 8192, 1), (3, 1, 3)])
-def test_a_cpu_batches_short_rows(clients: int, rows: int, group: int) -> None:
+@pytest.mark.parametrize(
+    ("clients", "rows", "group"),
+    [(8, 128, 4), (8, 8192, 1), (3, 1, 3), (3, 208, 1), (1000, 64, 8), (997, 64, 8)],
+)
+def test_a_cpu_batches_short_rows_and_leaves_no_gap(clients: int, rows: int, group: int) -> None:
     assert on_a_cpu(clients, rows) == group
+
+
+@given(clients=st.integers(1, 1000), group=st.integers(1, 1000))
+def test_even_groups_are_no_more_groups(clients: int, group: int) -> None:
+    even = evened(clients, group)
+    assert even <= max(group, 1)
+    assert -(-clients // even) == -(-clients // group)

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from jax._src import clusters
@@ -141,6 +142,47 @@ def test_a_process_without_an_accelerator_is_refused(local: int, accelerators: i
     cluster.check_local(local, 0)
     with pytest.raises(UserError, match=f"process {local} of this machine has no GPU"):
         cluster.check_local(local, accelerators)
+
+
+CLUSTER = Path(__file__).parents[2] / "experiments" / "cluster"
+
+
+def test_the_manifest_starts_as_many_as_it_says() -> None:
+    jobset = yaml.safe_load((CLUSTER / "jobset.yaml").read_text())
+    (replicated,) = jobset["spec"]["replicatedJobs"]
+    job = replicated["template"]["spec"]
+    (container,) = job["template"]["spec"]["containers"]
+    variables = {each["name"]: each.get("value") for each in container["env"]}
+    # The index of a pod comes from its annotation.
+    assert variables[cluster.PROCESS] is None
+    known = cluster.stated(variables | {cluster.PROCESS: "0"})
+    assert known is not None
+    assert known.processes == job["parallelism"] == job["completions"]
+    assert (replicated["replicas"], job["backoffLimit"]) == (1, 0)
+    name = jobset["metadata"]["name"]
+    port = container["ports"][0]["containerPort"]
+    assert known.address == f"{name}-{replicated['name']}-0-0.{name}:{port}"
+
+
+def test_the_script_begins_or_goes_on(tmp_path: Path) -> None:
+    program = tmp_path / "fedjax-llm"
+    program.write_text('#!/bin/sh\necho "$@"\n')
+    program.chmod(0o755)
+
+    def called(*more: str) -> str:
+        return subprocess.run(
+            ["sh", CLUSTER / "run_or_resume.sh", "f.toml", tmp_path / "out", *more],
+            env={"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+
+    assert called("--set", "rounds=3") == f"run f.toml --out {tmp_path}/out --set rounds=3\n"
+    (tmp_path / "out" / "checkpoints" / "0").mkdir(parents=True)
+    assert called("--set", "rounds=3") == f"resume {tmp_path}/out\n"
+    for path in CLUSTER.glob("*.sh"):
+        subprocess.run(["bash", "-n", path], check=True)
 
 
 def script(code: str) -> list[str]:

@@ -60,15 +60,12 @@ class Way:
         )
 
 
-def our_ways(script: str) -> tuple[Way, ...]:
-    """With all cores as one device, and with two devices that share them."""
-    return tuple(
-        Way("ours", script, (), (("JAX_NUM_CPU_DEVICES", str(devices)),)) for devices in (1, 2)
-    )
-
-
-OURS = our_ways("ours.py")
-OURS_DENSE = our_ways("ours_dense.py")
+# One layer of the model after the other, or six of them compiled in a row.
+OURS = tuple(Way("ours", "ours.py", ("--unroll", str(layers))) for layers in (1, 6))
+# Clients one by one, or in batches of several.
+OURS_DENSE = tuple(
+    Way("ours", "ours_dense.py", ("--at-once", str(clients))) for clients in (1, 2, 5)
+)
 
 
 def torch_ways(peer: str, script: str) -> tuple[Way, ...]:

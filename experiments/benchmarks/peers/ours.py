@@ -86,14 +86,16 @@ def start(federation: Federation, folder: Path) -> FederationState:
 
 def main(leads: bool = True) -> None:
     """Builds, then trains a round a turn; of several processes one `leads`, and writes."""
-    asked = arguments(__doc__.splitlines()[0], list(TASKS)).parse_args()
+    parser = arguments(__doc__.splitlines()[0], list(TASKS))
+    parser.add_argument("--unroll", type=int, default=1, help="layers compiled in a row")
+    asked = parser.parse_args()
     turns, task = Turns(asked.wait), TASKS[asked.task]
-    federation = federate(task, asked.folder, asked.rounds)
+    federation = federate(task, asked.folder, asked.rounds, unroll=asked.unroll)
     state = start(federation, asked.folder)
     turns.ready(jax=jax.__version__, devices=jax.device_count(), group=federation.layout.group)
     for _ in range(asked.rounds):
         started = turns.go()
-        state, report = federation.run_round(state)
+        state, report = federation.run_round(state, donate=True)
         jax.block_until_ready(state)
         if report.clipped_fraction or not math.isfinite(report.loss_train_nats or math.nan):
             raise RuntimeError(f"round {report.round}: a message was shortened to {BOUND}")

@@ -91,12 +91,15 @@ def round_program(task: DenseTask, layout: CohortLayout, most_rows: int) -> Any:
 
 def main() -> None:
     """Builds, then trains a round a turn."""
-    asked = arguments(__doc__.splitlines()[0], list(DENSE)).parse_args()
+    parser = arguments(__doc__.splitlines()[0], list(DENSE))
+    parser.add_argument("--at-once", type=int, default=1, help="clients in a batch")
+    asked = parser.parse_args()
     turns, task = Turns(asked.wait), DENSE[asked.task]
     (images_CxN, labels_CxN), sizes_C = tables(asked.folder)
-    layout = CohortLayout.over(task.cohort)
+    rows_C = np.asarray(sizes_C)
+    layout = CohortLayout.over(task.cohort, asked.at_once)
     if layout.padded != task.cohort:
-        raise ValueError(f"{task.cohort} clients do not divide over {jax.device_count()} devices")
+        raise ValueError(f"{task.cohort} clients do not divide into {asked.at_once} at once")
     program = round_program(task, layout, images_CxN.shape[1])
     # As the program returns them: elsewhere, the second round would be compiled anew.
     params = layout.replicate(read_factors(asked.folder / "start.npz"))
@@ -110,7 +113,8 @@ def main() -> None:
             params,
             (images_CxN, labels_CxN),
             sizes_C,
-            jnp.asarray(cohort(task, number)),
+            # A batch goes on until its longest client is through: like ones stand together.
+            jnp.asarray(sorted(cohort(task, number).tolist(), key=lambda c: rows_C[c])),
             seed,
             jnp.int32(number),
         )

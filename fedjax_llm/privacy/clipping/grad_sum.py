@@ -15,6 +15,7 @@ from fedjax_llm_kernels.lockstep import turns_together
 
 from .ghost import ghost_sums
 from .kinds import Clip, Joint, as_clip
+from .norm import counted_sum
 
 PyTree = Any
 LossFn = Callable[[PyTree, PyTree], jax.Array]
@@ -46,24 +47,15 @@ def _masked_sums(
     """As `clipped_grad_sum`, with the sum of the losses in place of their mean."""
     counts_E = jnp.asarray(weights_E).astype(jnp.float32) > 0
 
-    def total(leaf_E: jax.Array) -> jax.Array:
-        mask = counts_E.reshape(-1, *[1] * (leaf_E.ndim - 1))
-        return jnp.where(mask, leaf_E, jnp.float32(0)).sum(axis=0)
-
     if method == "ghost":
         summed, loss_E, shortened_E = ghost_sums(loss_fn, params, examples, counts_E, kind)
     else:
-
-        def one(example: PyTree) -> tuple[jax.Array, PyTree, jax.Array]:
-            value, grad = jax.value_and_grad(loss_fn)(params, example)
-            clipped, shortened = kind.clip(grad)
-            return value, clipped, shortened
-
-        loss_E, grads_E, shortened_E = jax.vmap(one)(examples)
-        summed = jax.tree.map(total, grads_E)
+        one = jax.value_and_grad(loss_fn)
+        loss_E, grads_E = jax.vmap(one, in_axes=(None, 0))(params, examples)
+        summed, shortened_E = kind.clip_sum(grads_E, counts_E)
 
     stats = ClipStats(
-        loss=total(loss_E.astype(jnp.float32)),
+        loss=counted_sum(loss_E.astype(jnp.float32), counts_E),
         clipped=(shortened_E & counts_E).astype(jnp.float32).sum(),
         weight=counts_E.astype(jnp.float32).sum(),
     )

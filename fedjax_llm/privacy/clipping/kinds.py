@@ -23,8 +23,9 @@ import jax.numpy as jnp
 
 from fedjax_llm.errors import UserError
 from fedjax_llm_kernels.clip_norm import MARGIN
+from fedjax_llm_kernels.clip_sum import clip_sum
 
-from .norm import clip
+from .norm import clip, counted_sum
 
 PyTree = Any
 Bound = float | jax.Array
@@ -40,6 +41,10 @@ def _root_of_squares(bounds: list[Bound]) -> Bound:
     if all(isinstance(bound, numbers.Real) for bound in bounds):
         return math.hypot(*(float(bound) for bound in bounds))
     return jnp.sqrt(sum(jnp.square(jnp.asarray(bound, jnp.float32)) for bound in bounds))
+
+
+def _float32(leaves: list[jax.Array]) -> list[jax.Array]:
+    return [jnp.asarray(leaf).astype(jnp.float32) for leaf in leaves]
 
 
 def _shortened(norm: jax.Array, bound: Bound) -> jax.Array:
@@ -74,6 +79,15 @@ class Joint:
         """The clipped tree (float32) and whether it was shortened or zeroed ([] bool)."""
         clipped, norm = clip(tree, self.clip_norm)
         return clipped, _shortened(norm, self.clip_norm)
+
+    def clip_sum(self, trees_E: PyTree, counts_E: jax.Array) -> tuple[PyTree, jax.Array]:
+        """The sum of the clipped trees that count, and which were shortened (bool [E]).
+
+        Formal guarantee: that of `clip`, for each of them (see `clip_sum` of the kernels).
+        """
+        leaves_E, structure = jax.tree.flatten(trees_E)
+        summed, norm_E = clip_sum(_float32(leaves_E), counts_E, self.clip_norm)
+        return jax.tree.unflatten(structure, summed), _shortened(norm_E, self.clip_norm)
 
 
 @jax.tree_util.register_dataclass
@@ -123,6 +137,22 @@ class PerFactor:
                 clipped[place] = leaf
             shortened |= _shortened(norm, bound)
         return jax.tree.unflatten(structure, clipped), shortened
+
+    def clip_sum(self, trees_E: PyTree, counts_E: jax.Array) -> tuple[PyTree, jax.Array]:
+        """The sum of the clipped trees that count, and which were shortened (bool [E]).
+
+        Formal guarantee: that of `clip`, for each of them (see `clip_sum` of the kernels).
+        """
+        leaves_E, structure = jax.tree.flatten(trees_E)
+        leaves_E, sides = _float32(leaves_E), leaf_sides(trees_E)
+        summed, shortened_E = list(leaves_E), jnp.zeros(counts_E.shape, bool)
+        for side, bound in (("a", self.clip_norm_a), ("b", self.clip_norm_b)):
+            places = [place for place, found in enumerate(sides) if found == side]
+            sums, norm_E = clip_sum([leaves_E[place] for place in places], counts_E, bound)
+            for place, leaf in zip(places, sums, strict=True):
+                summed[place] = leaf
+            shortened_E |= _shortened(norm_E, bound)
+        return jax.tree.unflatten(structure, summed), shortened_E
 
 
 @jax.tree_util.register_dataclass
@@ -192,6 +222,15 @@ class PerLayer:
             return clipped_L
 
         return jax.tree.map(one, tree), shortened
+
+    def clip_sum(self, trees_E: PyTree, counts_E: jax.Array) -> tuple[PyTree, jax.Array]:
+        """The sum of the clipped trees that count, and which were shortened (bool [E]).
+
+        Formal guarantee: that of `clip`, for each of them.
+        """
+        clipped_E, shortened_E = jax.vmap(self.clip)(trees_E)
+        summed = jax.tree.map(lambda leaf_E: counted_sum(leaf_E, counts_E), clipped_E)
+        return summed, shortened_E
 
 
 Clip = Joint | PerFactor | PerLayer

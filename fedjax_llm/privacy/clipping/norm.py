@@ -40,3 +40,9 @@ def clip(tree: PyTree, clip_norm: float | jax.Array) -> tuple[PyTree, jax.Array]
     leaves = [jnp.asarray(leaf).astype(jnp.float32) for leaf in leaves]
     clipped, norm = clip_arrays(leaves, clip_norm)
     return jax.tree.unflatten(structure, clipped), norm
+
+
+def counted_sum(leaf_E: jax.Array, counts_E: jax.Array) -> jax.Array:
+    """The sum of the entries that count, float32; what the others hold does not matter."""
+    mask_E = counts_E.reshape(-1, *[1] * (leaf_E.ndim - 1))
+    return jnp.where(mask_E, leaf_E, jnp.float32(0)).sum(axis=0)
