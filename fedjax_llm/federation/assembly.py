@@ -246,6 +246,7 @@ def _recipe(
         and not rule.kept
         and not roster.weights.normalises_steps,
         ranks_differ=any(own != settings.lora.rank for own in roster.ranks),
+        sampled=plan.unit == "client" and (plan.sampler.kind != "full" or plan.sampler.period > 1),
         steps_differ=bool((roster.steps_K != settings.training.steps).any()),
         replicas=replicas,
         compressor=compressor,

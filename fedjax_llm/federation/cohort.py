@@ -243,7 +243,10 @@ class Client:
     def idle(self, client: ClientInputs, shapes: Local) -> tuple[jax.Array, Local]:
         """Whether a client neither trains nor adds noise, and what it has then."""
         local = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        return ~(client.trains | client.online), local._replace(state=client.state)
+        busy = client.trains
+        if any(codec.noise is not None for codec in self.codecs):
+            busy |= client.online
+        return ~busy, local._replace(state=client.state)
 
     def weigh(self, shared: Shared, client: ClientInputs, local: Local) -> jax.Array:
         """The weight that follows from what the client found, int32 limbs; see `WeightCodec`."""

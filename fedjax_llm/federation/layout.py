@@ -32,6 +32,8 @@ from fedjax_llm.models.spread import manual_specs, spread
 from fedjax_llm_kernels.lockstep import DATA, in_step
 
 PyTree = Any
+# `(client, shapes of a result) -> (bool, result)`, see `CohortLayout.map_clients`.
+Idle = Callable[[PyTree, PyTree], tuple[jax.Array, PyTree]]
 # Of what is spread over the devices, client by client or row by row.
 CLIENTS = PartitionSpec(SPREAD)
 
@@ -169,7 +171,8 @@ class CohortLayout:
     def map_clients(
         self,
         one_client: Callable[..., PyTree],
-        idle: Callable[[PyTree, PyTree], tuple[jax.Array, PyTree]] | None = None,
+        idle: Idle | None = None,
+        busy_first: bool = False,
     ) -> Callable[..., PyTree]:
         """Turns a function of one client into one of all of them.
 
@@ -177,6 +180,9 @@ class CohortLayout:
             one_client: `(shared, client) -> result`, both pytrees.
             idle: `(client, shapes of a result) -> (bool, result)`: whether a client has nothing to
                 do, and the result then. A group in which nobody has is not computed.
+            busy_first: whether each device puts those together that have something to do, so that
+                of few among many no group is computed for one of them. Who is in a group then
+                depends on the devices.
 
         Returns:
             `(shared, clients) -> results`, where the leaves of `clients` and of the results have
@@ -185,7 +191,8 @@ class CohortLayout:
 
         def on_device(shared: PyTree, clients: PyTree) -> PyTree:
             run = _of_a_group(one_client, idle, shared)
-            return _in_a_row(jax.lax.map(run, self._grouped(clients)))
+            groups, take, back = self._groups(one_client, idle, shared, clients, busy_first)
+            return back(jax.lax.map(lambda group: run(take(group)), groups))
 
         return self.on_all_devices(on_device, CLIENTS)
 
@@ -193,7 +200,8 @@ class CohortLayout:
         self,
         one_client: Callable[..., tuple[PyTree, jax.Array]],
         parts: int,
-        idle: Callable[[PyTree, PyTree], tuple[jax.Array, PyTree]] | None = None,
+        idle: Idle | None = None,
+        busy_first: bool = False,
     ) -> Callable[..., tuple[PyTree, jax.Array]]:
         """As `map_clients`, for clients of which each adds integers to one of some sums.
 
@@ -205,6 +213,7 @@ class CohortLayout:
             parts: C, the sums that stay apart.
             idle: as for `map_clients`, of the pair that `one_client` returns; what is idle adds
                 nothing.
+            busy_first: as for `map_clients`.
 
         Returns:
             `(shared, clients, part_K) -> (results, sums_CxP)`: `part_K`, int32 [K'], is the sum to
@@ -215,10 +224,16 @@ class CohortLayout:
             shared: PyTree, clients: PyTree, part_K: jax.Array
         ) -> tuple[PyTree, jax.Array]:
             run = _of_a_group(one_client, idle, shared)
-            grouped = self._grouped((clients, part_K))
+            groups, take, back = self._groups(
+                lambda shared, pair: one_client(shared, pair[0]),
+                None if idle is None else lambda pair, shapes: idle(pair[0], shapes),
+                shared,
+                (clients, part_K),
+                busy_first,
+            )
 
             def add(sums_CxP: jax.Array, group: PyTree) -> tuple[jax.Array, PyTree]:
-                clients_G, part_G = group
+                clients_G, part_G = take(group)
                 # Apart from what made them, so that they are the bits of messages that are sent.
                 results_G, ints_GxP = jax.lax.optimization_barrier(run(clients_G))
                 if parts == 1:
@@ -228,16 +243,41 @@ class CohortLayout:
                 member_CxG = part_G[None] == jnp.arange(parts, dtype=jnp.int32)[:, None]
                 return sums_CxP + member_CxG.astype(jnp.int32) @ ints_GxP, results_G
 
-            shape = jax.eval_shape(run, jax.tree.map(lambda leaf: leaf[0], grouped[0]))[1].shape
-            start_CxP = jnp.zeros((parts, *shape[1:]), jnp.int32)
-            sums_CxP, results = jax.lax.scan(add, start_CxP, grouped)
+            first = jax.tree.map(lambda leaf: leaf[0], clients)
+            shape = jax.eval_shape(one_client, shared, first)[1].shape
+            start_CxP = jnp.zeros((parts, *shape), jnp.int32)
+            sums_CxP, results = jax.lax.scan(add, start_CxP, groups)
             # Integers: the order of the clients and the number of devices cannot change a bit.
-            return _in_a_row(results), jax.lax.psum(sums_CxP, SPREAD)
+            return back(results), jax.lax.psum(sums_CxP, SPREAD)
 
         return self.on_all_devices(on_device, (CLIENTS, PartitionSpec()))
 
-    def _grouped(self, tree: PyTree) -> PyTree:
-        return jax.tree.map(lambda leaf: leaf.reshape(-1, self.group, *leaf.shape[1:]), tree)
+    def _groups(
+        self,
+        one_client: Callable[..., PyTree],
+        idle: Idle | None,
+        shared: PyTree,
+        clients: PyTree,
+        busy_first: bool,
+    ) -> tuple[PyTree, Callable[[PyTree], PyTree], Callable[[PyTree], PyTree]]:
+        """A device's groups to go over, how to take one up, and how to put results in a row."""
+        if not busy_first or idle is None or self.group == 1:
+            in_groups = jax.tree.map(
+                lambda leaf: leaf.reshape(-1, self.group, *leaf.shape[1:]), clients
+            )
+            return in_groups, lambda group: group, _in_a_row
+        shapes = jax.eval_shape(one_client, shared, jax.tree.map(lambda leaf: leaf[0], clients))
+        idles_K = jax.vmap(lambda client: idle(client, shapes)[0])(clients)
+        order_K = jnp.argsort(idles_K, stable=True)
+        back_K = jnp.argsort(order_K)
+
+        def take(places_G: jax.Array) -> PyTree:
+            return jax.tree.map(lambda leaf: leaf[places_G], clients)
+
+        def back(results: PyTree) -> PyTree:
+            return jax.tree.map(lambda leaf: leaf[back_K], _in_a_row(results))
+
+        return order_K.reshape(-1, self.group), take, back
 
     def on_all_devices(self, on_device: Callable[..., PyTree], out: Any) -> Callable[..., PyTree]:
         """Of functions `(shared, ...)`: what is shared is on every device, the rest is spread.
@@ -269,7 +309,7 @@ def _in_a_row(tree: PyTree) -> PyTree:
 
 def _of_a_group(
     one_client: Callable[..., PyTree],
-    idle: Callable[[PyTree, PyTree], tuple[jax.Array, PyTree]] | None,
+    idle: Idle | None,
     shared: PyTree,
 ) -> Callable[[PyTree], PyTree]:
     """The clients of a group as one batch, which is left out if none has anything to do."""

@@ -168,7 +168,7 @@ class RoundPrograms:
         """
         layout = self._recipe.layout
         if summed == "each":
-            return layout.map_clients(one, idle)
+            return layout.map_clients(one, idle, self._recipe.sampled)
         part_of = self._recipe.clouds if summed == "cloud" else self._recipe.groups
 
         def split(shared: PyTree, client: PyTree) -> tuple[PyTree, jax.Array]:
@@ -183,7 +183,9 @@ class RoundPrograms:
 
         def of_all(shared: PyTree, clients: PyTree) -> tuple[PyTree, EncodedMessage]:
             part_K, parts = _padded_parts(part_of, layout.padded)
-            mapped = layout.sum_clients(split, parts, idle_split if idle else None)
+            mapped = layout.sum_clients(
+                split, parts, idle_split if idle else None, self._recipe.sampled
+            )
             (results, message), sums_CxP = mapped(shared, clients, part_K)
             return results, message._replace(ints_P=sums_CxP[0] if part_of is None else sums_CxP)
 

@@ -108,6 +108,7 @@ class Recipe:
         ranks_differ: whether some clients train fewer ranks than the adapter has.
         steps_differ: whether some take fewer local steps than others.
         measures_error: whether the aggregation error is measured.
+        sampled: whether few of the clients may take part in a round.
         replicas: how clients go on from their own copy; None where each cycle begins with the
             global model.
         compressor: how messages are shortened; None where they are sent whole.
@@ -131,6 +132,7 @@ class Recipe:
     measures_error: bool
     ranks_differ: bool
     steps_differ: bool
+    sampled: bool
     replicas: Replicas | None = None
     compressor: Compressor | None = None
 

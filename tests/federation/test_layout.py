@@ -45,27 +45,36 @@ def test_sums_that_grow_are_those_of_all_integers(group: int, devices: int, part
     np.testing.assert_array_equal(results[:CLIENTS], host["ints"][:, 0] + 1)
 
 
-def test_a_group_of_idle_clients_is_not_computed_and_adds_nothing() -> None:
-    layout, host = laid_out(1, 1), inputs()
+@pytest.mark.parametrize(("group", "busy_first"), [(1, False), (1, True), (2, True), (3, True)])
+def test_groups_of_idle_clients_are_not_computed_and_add_nothing(
+    group: int, busy_first: bool
+) -> None:
+    """Those that work stand together if asked to: as few groups as hold them."""
+    layout, host = laid_out(group, 1), inputs()
     computed: list[int] = []
 
     def counted(shared: jax.Array, client: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         jax.debug.callback(lambda first: computed.append(int(first)), client["ints"][0])
-        return doubled(shared, client)
+        result, ints_P = doubled(shared, client)
+        return result, jnp.where(client["works"], ints_P, 0)
 
     def idle(client: dict[str, jax.Array], shapes: Any) -> tuple[jax.Array, Any]:
         nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
         return ~client["works"], nothing
 
-    mapped = jax.jit(layout.sum_clients(counted, 1, idle))
+    mapped = jax.jit(layout.sum_clients(counted, 1, idle, busy_first))
     part_K = layout.rows(np.zeros(layout.padded, np.int32))
     results, sums = jax.block_until_ready(mapped(jnp.int32(1), layout.shard(host), part_K))
     jax.effects_barrier()
     working = host["ints"][host["works"]]
-    assert sorted(computed) == sorted(working[:, 0].tolist())
+    assert len(computed) == group * -(-len(working) // group)
+    assert set(working[:, 0].tolist()) <= set(computed)
     with np.errstate(over="ignore"):
         np.testing.assert_array_equal(sums[0], (working * np.int32(2)).sum(axis=0, dtype=np.int32))
-    assert not np.asarray(results)[~host["works"]].any()
+    found = np.asarray(results)[: layout.clients]
+    np.testing.assert_array_equal(found[host["works"]], working[:, 0] + 1)
+    if group == 1:
+        assert not found[~host["works"]].any()
 
 
 @pytest.mark.parametrize(("group", "devices"), [(1, 1), (2, 1), (3, 2)])
