@@ -9,6 +9,7 @@ from fedjax_llm.federation.promises import Combination as Combination
 from fedjax_llm.federation.recipe import Attackers as Attackers
 from fedjax_llm.federation.reports import CloudReport as CloudReport
 from fedjax_llm.federation.reports import RoundReport as RoundReport
+from fedjax_llm.federation.roads import ToOpen as ToOpen
 from fedjax_llm.federation.state import FederationState as FederationState
 from fedjax_llm.federation.state import adapter_of as adapter_of
 from fedjax_llm.federation.state import init_state as init_state
@@ -39,6 +40,7 @@ __all__ = [
     "Selective",
     "SumMode",
     "Threshold",
+    "ToOpen",
     "adapter_of",
     "init_state",
     "key_for",

@@ -371,7 +371,7 @@ class Federation:
         self,
         state: FederationState,
         on_stage: OnStage = lambda stage: None,
-        before_opening: BeforeOpening = lambda number, clouds: None,
+        before_opening: BeforeOpening = lambda what: None,
         *,
         donate: bool = False,
     ) -> tuple[FederationState, RoundReport]:
@@ -380,10 +380,11 @@ class Federation:
         Args:
             state: after the round before; it stays valid unless it is donated.
             on_stage: called with the name of each stage as it begins.
-            before_opening: called with the round and the clouds that send, before the first sum of
-                a round between clouds. Messages of a round repeat, so that two totals of one round
-                over different clouds would tell their difference: whoever may run a round again in
-                another process records this, and raises where the clouds differ.
+            before_opening: called before each sum between clouds. Messages of a round repeat, so
+                that two totals of one round over different clouds would tell their difference, and
+                two of integers that were rounded in another way, with the same noise, would tell
+                something without any: whoever may run a round again in another process records
+                this, and raises where clouds or integers differ.
             donate: whether the memory of `state` may be used again, by which a round of many
                 clients that carry much takes half of it. Taken up where a round is one program.
 

@@ -1,5 +1,6 @@
 """The two roads of a round in which all wait: one program, or sums between the clouds."""
 
+import hashlib
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -25,7 +26,29 @@ from fedjax_llm.training import ClientMetrics
 PyTree = Any
 
 
-BeforeOpening = Callable[[int, Sequence[str]], None]
+class ToOpen(NamedTuple):
+    """A sum between clouds that is about to be opened.
+
+    Attributes:
+        round: from 1.
+        sum: among those of the round, from 0.
+        clouds: that send.
+        digest: sha256 of the integers that are added, hexadecimal.
+    """
+
+    round: int
+    sum: int
+    clouds: tuple[str, ...]
+    digest: str
+
+    @classmethod
+    def of(cls, number: int, place: int, clouds: Sequence[str], ints_CxP: jax.Array) -> "ToOpen":
+        """Of the clouds' messages, int32 [C, P]."""
+        whole = np.ascontiguousarray(np.asarray(ints_CxP), dtype="<i4")
+        return cls(number, place, tuple(clouds), hashlib.sha256(whole.tobytes()).hexdigest())
+
+
+BeforeOpening = Callable[[ToOpen], None]
 
 
 class Outcome(NamedTuple):
@@ -124,7 +147,11 @@ class Road:
         def total(ints_CxP: jax.Array, codec: Codec, by_cloud: bool) -> jax.Array:
             if not by_cloud:
                 ints_CxP = programs.by_cloud(ints_CxP)
-            found = sums.total(codec, ints_CxP, senders, online, next(numbers), ledger, on_stage)
+            place = next(numbers)
+            before_opening(
+                ToOpen.of(number, (place - 1) % a_round, senders, ints_CxP[: len(ledger.sent)])
+            )
+            found = sums.total(codec, ints_CxP, senders, online, place, ledger, on_stage)
             return jnp.asarray(found, jnp.int32)
 
         started = time.perf_counter()
@@ -134,7 +161,6 @@ class Road:
             limbs_Kx4 = programs.weigh(shared, clients, local, *where)
             self._check_weights(limbs_Kx4, number)
             ledger.seconds["train"] = time.perf_counter() - started
-            before_opening(number, senders)
             known = Sums(programs.inverse_weight(total(limbs_Kx4, WeightCodec, False)))
             message = programs.send(0, shared, clients, local, known, *where, summed=summed)
             self.check(message, number)
@@ -144,7 +170,6 @@ class Road:
             )
             ledger.seconds["train"] = time.perf_counter() - started
             self.check(message, number)
-            before_opening(number, senders)
         first = message
         for stage, codec in enumerate(programs.codecs[:-1]):
             opened = total(message.ints_P, codec, summed == "cloud")

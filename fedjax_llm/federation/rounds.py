@@ -17,7 +17,7 @@ from fedjax_llm.federation.calendar import Calendar
 from fedjax_llm.federation.engine import Engine
 from fedjax_llm.federation.exchange import HiddenSums, Ledger, OnStage
 from fedjax_llm.federation.fitting import memory_of
-from fedjax_llm.federation.roads import BeforeOpening, Outcome
+from fedjax_llm.federation.roads import BeforeOpening, Outcome, ToOpen
 from fedjax_llm.federation.shares import check_online
 from fedjax_llm.federation.state import FederationState
 from fedjax_llm.federation.virtual import Almanac
@@ -101,9 +101,9 @@ class Rounds:
         self._fit(state)
         opened: list[int] = []
 
-        def opens(number: int, clouds: Sequence[str]) -> None:
-            opened.append(number)
-            before_opening(number, clouds)
+        def opens(what: ToOpen) -> None:
+            opened.append(what.sum)
+            before_opening(what)
 
         between = _Between(roster.clouds_online(lands_K), online, on_stage, opens)
         on_stage("train")
@@ -179,10 +179,12 @@ class Rounds:
             return None
 
         def opened(ints_KxP: jax.Array) -> jax.Array:
-            between.before_opening(number, between.senders)
+            ints_CxP = programs.by_cloud(ints_KxP)
+            own_CxP = ints_CxP[: len(ledger.sent)]
+            between.before_opening(ToOpen.of(number, 0, between.senders, own_CxP))
             found = hidden.total(
                 programs.codecs[0],
-                programs.by_cloud(ints_KxP),
+                ints_CxP,
                 between.senders,
                 between.online,
                 number,

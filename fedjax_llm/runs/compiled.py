@@ -19,11 +19,21 @@ def keep() -> None:
     """Keeps compiled programs in the user's cache, unless JAX is told another place.
 
     JAX addresses them by program, versions, flags and devices: what is found is what would have
-    been compiled. A folder that cannot be written costs the time of compiling and nothing else.
+    been compiled. What is read back is run, so that the folder has to be the user's own and closed
+    to writing by others; one that is not, or cannot be made, costs the time of compiling and
+    nothing else.
     """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ or jax.config.jax_compilation_cache_dir:
         return
-    jax.config.update("jax_compilation_cache_dir", str(cache_root() / "compiled"))
+    folder = cache_root() / "compiled"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.stat()
+    except OSError:
+        return
+    if found.st_uid != os.getuid() or found.st_mode & 0o022:
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_SECONDS)
 
 

@@ -91,12 +91,18 @@ class RunFolder:
         so that the folder's checkpoints are closed to others as well.
 
         Raises:
-          UserError: the file is damaged, or gone from a run that has begun.
+          UserError: the file is damaged, or gone from a run that has begun; or the checkpoints
+            are gone.
         """
         file = self.path / "noise.key"
         self.checkpoints.mkdir(mode=0o700, exist_ok=True)
         self.checkpoints.chmod(0o700)
         if not _has_checkpoint(self.path):
+            if self.opened.exists() or _has_round(self.metrics):
+                raise UserError(
+                    f"{self.checkpoints}: no checkpoint is left of rounds that were released; run "
+                    "again they would be released a second time, under other noise: begin a new run"
+                )
             # Nothing has been released under an old one, whatever it was for.
             secret = os.urandom(SECRET_BYTES)
             disk.atomic_write(file, secret, mode=0o600)
@@ -212,6 +218,15 @@ class RunFolder:
 
 def _has_checkpoint(path: Path) -> bool:
     return any(entry.name.isdecimal() for entry in (path / "checkpoints").glob("*"))
+
+
+def _has_round(metrics: Path) -> bool:
+    """Whether a round after the evaluation before training is recorded, or a damaged line."""
+    try:
+        lines = metrics.read_text().splitlines()
+    except FileNotFoundError:
+        return False
+    return any('"round": 0,' not in line for line in lines if line.strip())
 
 
 def _take_lock(path: Path) -> int:

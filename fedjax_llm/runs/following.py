@@ -23,13 +23,12 @@ def follow(run_file: RunFile) -> None:
         return
     base = build.model(run_file, ignore)
     corpora = build.corpora(run_file, base, ignore)
-    orders.check_same(fingerprint.of(run_file, base, corpora))
+    orders.check_same(fingerprint.of(run_file, base, corpora), run_file)
     secret = None
     if build.secret_noise(run_file):
         secret = orders.shared_secret(bytes(SECRET_BYTES))
     federation = build.federation(run_file, base, corpora, secret)
-    if run_file.training.clients_at_once == "auto":
-        federation.keep_at_once(orders.shared_count(None))
+    federation.keep_at_once(orders.shared_count(None))
     state = processes.from_first(federation.init())
     while (order := orders.take()) is not Order.END:
         if order is Order.ROUND:

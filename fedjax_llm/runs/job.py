@@ -81,7 +81,7 @@ def _run(run_file: RunFile, folder: RunFolder, on_event: OnEvent) -> Summary:
     harmonising.record(folder, run_file, corpora)
     forecast_file.record(folder, run_file)
     identity = fingerprint.of(run_file, base, corpora)
-    orders.check_same(identity)
+    orders.check_same(identity, run_file)
     on_event(Stage("sum" if run_file.secure.sum == "plain" else "keys"))
     secret = None
     if build.secret_noise(run_file):
@@ -134,10 +134,12 @@ def _run(run_file: RunFile, folder: RunFolder, on_event: OnEvent) -> Summary:
             if not records or records[-1]["round"] < found.round:
                 metrics.append(folder.metrics, cast(RoundRecord, found.metadata["record"]))
             on_event(Note(f"continuing after round {found.round} of {run_file.rounds}"))
-        if run_file.training.clients_at_once == "auto":
-            # What fits may have changed since, and with it the bytes of the next rounds.
-            kept = None if found is None else found.metadata.get("clients_at_once")
-            federation.keep_at_once(orders.shared_count(kept))
+        # What fits may have changed since, and with it the bytes of the next rounds.
+        kept = opened.clients_at_once(folder, 1 if found is None else found.round + 1)
+        before = None if found is None else found.metadata.get("clients_at_once")
+        if before is not None and before["asked"] == run_file.training.clients_at_once:
+            kept = kept or before["used"]
+        federation.keep_at_once(orders.shared_count(kept))
         state = processes.from_first(state)
         with TensorBoard(folder.tensorboard, metrics.read(folder.metrics)) as board:
             if found is None:
@@ -165,7 +167,10 @@ def _run(run_file: RunFile, folder: RunFolder, on_event: OnEvent) -> Summary:
                 metadata: dict[str, Any] = {
                     "fingerprint": identity,
                     "offline": _offline(run_file, number),
-                    "clients_at_once": federation.clients_at_once,
+                    "clients_at_once": {
+                        "asked": run_file.training.clients_at_once,
+                        "used": federation.clients_at_once,
+                    },
                 }
                 _finish_round(folder, checkpoints, board, state, record, metadata, on_event)
                 if stopping.reached(run_file, record):
@@ -270,7 +275,7 @@ def _one_round(
     state, done = federation.run_round(
         state,
         on_stage=lambda stage: on_event(Progress(stages.index(stage), len(stages), stage)),
-        before_opening=lambda number, clouds: opened.record(folder, number, clouds),
+        before_opening=lambda what: opened.record(folder, what, federation.clients_at_once),
         donate=spare,
     )
     if done.clients_at_once != before:

@@ -17,6 +17,9 @@ _BLOCK = 128
 # Parts of an array that are taken together elementwise.
 _PARTS = 32
 MARGIN = 1.0 + 2.0**-14
+# Elements below the least normal number may be flushed where the norm is measured and not where they
+# are returned. 2^45 of them have a norm below 2^-103, which the margin covers for bounds from here on.
+LEAST_BOUND = 2.0**-96
 # Bits of float32 without the sign: the exponent of the least normal number, and infinity.
 _NORMAL, _INFINITE = 0x00800000, 0x7F800000
 
@@ -116,7 +119,7 @@ def clip_arrays(
     | any array holds NaN or inf             | all zeros              | inf           |
     | all magnitudes below 1.2e-38 (denormal)| all zeros              | 0             |
     | bound is inf                           | unchanged              | the norm      |
-    | bound is zero, negative or NaN         | all zeros              | the norm      |
+    | bound below 2^-96 = 1.3e-29, or NaN    | all zeros              | the norm      |
 
     Args:
         arrays: float32 of any shapes.
@@ -166,7 +169,7 @@ def shortening(
 ) -> tuple[Shortening, jax.Array]:
     """From what `scaled` returns, and the norm times `shrink`; shapes broadcast."""
     bound = jnp.asarray(bound, jnp.float32)
-    bound = jnp.where(bound > 0, bound, jnp.float32(0))  # NaN compares false
+    bound = jnp.where(bound >= LEAST_BOUND, bound, jnp.float32(0))  # NaN compares false
     norm = jnp.where(normal, grow * relative, jnp.where(finite, jnp.float32(0), jnp.inf))
 
     margin = jnp.float32(MARGIN)

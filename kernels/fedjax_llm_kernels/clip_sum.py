@@ -53,7 +53,7 @@ def clip_sum(
     | case                                   | result                                 |
     |----------------------------------------|----------------------------------------|
     | bound is inf                           | a plain sum of what is finite          |
-    | bound is zero, negative or NaN         | zeros                                  |
+    | bound below 2^-96 = 1.3e-29, or NaN    | zeros                                  |
     | no examples                            | zeros, no norms                        |
     | no arrays, or no elements              | zeros, norms of 0                      |
 

@@ -31,6 +31,7 @@ from fedjax_llm.federation import (
     Plain,
     RoundReport,
     Threshold,
+    ToOpen,
 )
 from fedjax_llm.federation.message import WeightCodec
 from fedjax_llm.lora import LoraConfig
@@ -785,18 +786,20 @@ def test_a_robust_combination_is_refused_where_too_few_can_be_reached(
 def test_what_is_about_to_be_opened_is_told_before_it_is(
     federate: Build, make_participants: Clouds
 ) -> None:
-    """And what the listener raises ends the round before any sum."""
+    """And what the listener raises ends the round before any sum; the integers repeat."""
     clouds = make_participants(south=frozenset({1}))
     federation = federate(participants=clouds, rule=rule("hetlora"), sum_mode=Masked())
-    told: list[tuple[int, list[str]]] = []
+    told: list[ToOpen] = []
     stages: list[str] = []
 
-    def refuse(number: int, names: Any) -> None:
-        told.append((number, list(names)))
+    def refuse(what: ToOpen) -> None:
+        told.append(what)
         raise Refused("no")
 
     with pytest.raises(Refused, match="no"):
         federation.run_round(federation.init(), stages.append, refuse)
-    assert told == [(1, ["north", "west"])] and stages == ["train"]
-    federation.run_round(federation.init(), before_opening=lambda *a: told.append((0, [])))
-    assert len(told) == 2  # once a round, whatever the number of sums
+    assert told[0][:3] == (1, 0, ("north", "west")) and stages == ["train"]
+    federation.run_round(federation.init(), before_opening=told.append)
+    # Of weights and of messages.
+    assert [what.sum for what in told] == [0, 0, 1]
+    assert told[1] == told[0] and told[2].digest != told[1].digest

@@ -262,3 +262,13 @@ def test_user_errors():
     for bad in (0.0, -1.0, math.inf, math.nan):
         with pytest.raises(UserError, match="clip_norm"):
             ClippedGradSum(loss_fn, bad)
+
+
+@pytest.mark.parametrize("bound", [2e-38, 1e-35, 1e-30, 2.0**-96, 1e-20])
+def test_many_denormal_elements_beside_a_normal_one_stay_within_the_bound(bound: float) -> None:
+    """Flushed where the norm is measured, and perhaps not where they are returned."""
+    tiny = np.finfo(np.float32).tiny
+    tree = np.full(1_000_000, np.nextafter(tiny, np.float32(0)), np.float32)
+    tree[0] = tiny
+    clipped, _ = clip({"w": jnp.asarray(tree)}, jnp.float32(bound))
+    assert np.sqrt(np.square(np.asarray(clipped["w"], np.float64)).sum()) <= bound

@@ -302,25 +302,42 @@ def test_metrics_tell_the_aggregation_error(jobs: Jobs, tmp_path: Path) -> None:
 
 
 def test_a_round_that_began_to_open_a_sum_opens_no_other(tmp_path: Path) -> None:
-    """Over other clouds the two totals would differ by one update; over the same they are equal."""
+    """Over other clouds the two totals would differ by one update; of other integers by something
+    that no noise covers; over the same of the same they are equal."""
+    from fedjax_llm.federation import ToOpen
     from fedjax_llm.runs import opened
     from fedjax_llm.runs.folder import RunFolder
 
+    def record(
+        folder: RunFolder, number: int, clouds: str, digest: str = "0", place: int = 0
+    ) -> None:
+        opened.record(folder, ToOpen(number, place, tuple(clouds), digest), 4)
+
     with RunFolder.create(tmp_path / "run", "name = 'x'") as folder:
-        opened.record(folder, 3, ["a", "b", "c"])
-        opened.record(folder, 3, ["c", "b", "a"])
-        with pytest.raises(Refused, match="round 3 began to open the sum of c, b, a"):
-            opened.record(folder, 3, ["a", "b"])
-        opened.record(folder, 4, ["a", "b"])
+        record(folder, 3, "abc")
+        record(folder, 3, "cba")
+        with pytest.raises(Refused, match="round 3 began to open the sum of a, b, c"):
+            record(folder, 3, "ab")
+        record(folder, 4, "ab")
+        record(folder, 4, "ab", "1", place=1)
         # A damaged checkpoint may take a run back by two rounds.
-        with pytest.raises(Refused, match="round 3 began to open the sum of c, b, a"):
-            opened.record(folder, 3, ["b", "c"])
+        with pytest.raises(Refused, match="round 3 began to open the sum of a, b, c"):
+            record(folder, 3, "bc")
+        with pytest.raises(Refused, match=r"integers that come out otherwise.*4 clients at once"):
+            record(folder, 3, "abc", "1")
+        with pytest.raises(Refused, match="integers that come out otherwise"):
+            record(folder, 4, "ab", "2", place=1)
+        assert opened.clients_at_once(folder, 3) == 4
+        assert opened.clients_at_once(folder, 5) is None
         folder.opened.write_text("{")
         with pytest.raises(Refused, match="damaged"):
-            opened.record(folder, 5, ["a", "b"])
+            record(folder, 5, "ab")
 
 
 def test_a_job_records_what_it_opens(jobs: Jobs, tmp_path: Path) -> None:
     run(jobs, tmp_path / "out", "secure.sum=masked")
     record = json.loads((tmp_path / "out" / "opened.json").read_text())
-    assert record == {"1": ["medical", "finance", "general"]}
+    assert list(record) == ["1"]
+    assert record["1"]["clouds"] == ["medical", "finance", "general"]
+    assert list(record["1"]["sums"]) == ["0"]
+    assert len(record["1"]["sums"]["0"]) == 64

@@ -49,3 +49,12 @@ def test_a_folder_that_jax_is_told_is_left_alone(tmp_path: Path) -> None:
     run(FEDJAX_LLM_CACHE=str(tmp_path), **own)
     assert list(told.iterdir())
     assert not (tmp_path / "compiled").exists()
+
+
+def test_a_folder_that_others_may_write_is_not_used(tmp_path: Path) -> None:
+    """What is read back is run."""
+    folder = tmp_path / "compiled"
+    folder.mkdir()
+    folder.chmod(0o777)
+    run(FEDJAX_LLM_CACHE=str(tmp_path))
+    assert not list(folder.iterdir())

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from fedjax_llm.errors import FedJaxError, Refused, UserError
 from fedjax_llm.privacy import Banded, Buffered, LambdaCgd
-from fedjax_llm.runs import build, planned, runfile
+from fedjax_llm.runs import build, metrics, planned, runfile
 
 Jobs = Any
 
@@ -314,6 +315,10 @@ def test_a_run_that_lost_its_noise_key_does_not_go_on(
     (out / "noise.key").write_bytes(b"short")
     assert jobs.here("resume", out) == 2
     assert "is damaged: 5 bytes, not 32" in capfd.readouterr().err
+    shutil.rmtree(out / "checkpoints")
+    assert jobs.here("resume", out) == 2
+    assert "released a second time, under other noise" in capfd.readouterr().err
+    assert len(metrics.read(out / "metrics.jsonl")) == 2, "nothing is lost"
 
 
 def test_a_run_is_audited_and_its_report_shows_both_bounds(

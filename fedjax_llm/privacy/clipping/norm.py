@@ -27,7 +27,7 @@ def clip(tree: PyTree, clip_norm: float | jax.Array) -> tuple[PyTree, jax.Array]
     | any leaf holds NaN or inf              | all zeros              | inf           |
     | all magnitudes below 1.2e-38 (denormal)| all zeros              | 0             |
     | clip_norm is inf                       | unchanged              | the norm      |
-    | clip_norm is zero, negative or NaN     | all zeros              | the norm      |
+    | clip_norm below 2^-96 = 1.3e-29, or NaN| all zeros              | the norm      |
 
     Args:
         tree: pytree of real arrays of any shapes; they are read as float32.
