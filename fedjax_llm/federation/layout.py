@@ -3,7 +3,8 @@
 Clients are laid out in groups. A group is one `vmap`; a device runs its groups one after the
 other in a `scan`; devices share the groups along the axes `clouds` and `data` (see `mesh`). The
 size of a group, and with it every shape inside the program, does not depend on the number of
-devices: that is why one device and two give the same bytes. Along `model` the compiler divides the
+devices: that is why one device and two give the same bytes (of clients that are sampled, which
+stand together on each device, the same up to rounding). Along `model` the compiler divides the
 products of one client, and their sums are rounded in another order.
 
 All of it holds where devices belong to several processes, each of which runs the same programs:
