@@ -51,4 +51,5 @@ def main(folder: str, unit: str, sum_mode: str, *meshes: str) -> None:
             np.save(Path(folder) / f"{mesh}.npy", np.concatenate([*flat, losses_C]))
 
 
-main(*sys.argv[1:])
+if __name__ == "__main__":
+    main(*sys.argv[1:])
