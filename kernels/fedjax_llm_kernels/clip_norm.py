@@ -17,8 +17,9 @@ _BLOCK = 128
 # Parts of an array that are taken together elementwise.
 _PARTS = 32
 MARGIN = 1.0 + 2.0**-14
-# Elements below the least normal number may be flushed where the norm is measured and not where they
-# are returned. 2^45 of them have a norm below 2^-103, which the margin covers for bounds from here on.
+# Elements below the least normal number may be flushed where the norm is measured and not where
+# they are returned. 2^45 of them have a norm below 2^-103, which the margin covers for bounds from
+# here on.
 LEAST_BOUND = 2.0**-96
 # Bits of float32 without the sign: the exponent of the least normal number, and infinity.
 _NORMAL, _INFINITE = 0x00800000, 0x7F800000
