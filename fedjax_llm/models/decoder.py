@@ -18,7 +18,8 @@ from fedjax_llm.models.config import DecoderConfig, projection_shapes
 from fedjax_llm.models.quantised import frozen_matmul
 from fedjax_llm.models.rotary import Rotation, rotate, rotation, segment_positions
 from fedjax_llm.models.spread import whole
-from fedjax_llm_kernels.low_rank import low_rank_matmul
+from fedjax_llm_kernels.gate import silu_gate
+from fedjax_llm_kernels.low_rank import low_rank_matmuls
 
 type Base = dict[str, Any]
 """Frozen weights: a nested dict of arrays; everything under "layers" is stacked [L, ...].
@@ -64,7 +65,7 @@ class RMSNorm(nnx.Module):
 
 
 class Projection(nnx.Module):
-    """A frozen linear map, stored [in, out], to which a low-rank product may be added."""
+    """A frozen linear map, stored [in, out]."""
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool, rngs: nnx.Rngs):
         self.kernel = nnx.Param(
@@ -72,15 +73,10 @@ class Projection(nnx.Module):
         )
         self.bias = nnx.Param(jnp.zeros((outputs,))) if bias else None
 
-    def __call__(
-        self, x_BxTxD: jax.Array, factors: tuple[jax.Array, jax.Array] | None, scale: float
-    ) -> jax.Array:
+    def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
         y_BxTxF = frozen_matmul(x_BxTxD, self.kernel.get_value())
         if self.bias is not None:
             y_BxTxF += self.bias[...].astype(x_BxTxD.dtype)[None, None, :]
-        if factors is not None:
-            a_DxR, b_RxF = (factor.astype(x_BxTxD.dtype) for factor in factors)
-            y_BxTxF += low_rank_matmul(x_BxTxD, a_DxR, b_RxF, scale)
         return y_BxTxF
 
 
@@ -121,13 +117,20 @@ class Block(nnx.Module):
         config = self.config
         batch, length, _ = x_BxTxD.shape
 
-        def project(name: str, x: jax.Array) -> jax.Array:
-            return getattr(self, name)(x, factors.get(name), scale)
+        def project(x: jax.Array, *names: str) -> list[jax.Array]:
+            # Projections of the same activations share what their factors multiply.
+            found = {name: getattr(self, name)(x) for name in names}
+            adapted = [name for name in names if name in factors]
+            sides = (factors[name] for name in adapted)
+            pairs = [(a.astype(x.dtype), b.astype(x.dtype)) for a, b in sides]
+            for name, y in zip(adapted, low_rank_matmuls(x, pairs, scale), strict=True):
+                found[name] += y
+            return list(found.values())
 
-        h_BxTxD = self.input_norm(x_BxTxD)
-        q = project("q_proj", h_BxTxD).reshape(batch, length, config.num_heads, config.head_dim)
-        k = project("k_proj", h_BxTxD).reshape(batch, length, config.num_kv_heads, config.head_dim)
-        v = project("v_proj", h_BxTxD).reshape(batch, length, config.num_kv_heads, config.head_dim)
+        q, k, v = (
+            y.reshape(batch, length, -1, config.head_dim)
+            for y in project(self.input_norm(x_BxTxD), "q_proj", "k_proj", "v_proj")
+        )
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, by), rotate(k, by)
@@ -137,11 +140,12 @@ class Block(nnx.Module):
             v = jax.lax.dynamic_update_slice_in_dim(cache.v_BxSxGxK, v, start, axis=1)
             cache = Cache(k, v)
         mixed = attend(q, k, v, mask_BxTxS).reshape(batch, length, -1)
-        x_BxTxD = x_BxTxD + project("o_proj", mixed)
+        (y_BxTxD,) = project(mixed, "o_proj")
+        x_BxTxD = x_BxTxD + y_BxTxD
 
-        h_BxTxD = self.post_norm(x_BxTxD)
-        gated = jax.nn.silu(project("gate_proj", h_BxTxD)) * project("up_proj", h_BxTxD)
-        return x_BxTxD + project("down_proj", gated), cache
+        gate, up = project(self.post_norm(x_BxTxD), "gate_proj", "up_proj")
+        (y_BxTxD,) = project(silu_gate(gate, up), "down_proj")
+        return x_BxTxD + y_BxTxD, cache
 
 
 class Decoder(nnx.Module):

@@ -38,7 +38,9 @@ def rotation(config: DecoderConfig, positions_BxT: jax.Array) -> Rotation:
     """The rotation of each position; angles are float32 whatever the activations are."""
     freq_F = jnp.asarray(frequencies(config))
     angles_BxTxF = positions_BxT.astype(jnp.float32)[..., None] * freq_F[None, None, :]
-    return Rotation(jnp.cos(angles_BxTxF), jnp.sin(angles_BxTxF))
+    turned = Rotation(jnp.cos(angles_BxTxF), jnp.sin(angles_BxTxF))
+    # XLA on a CPU would compute them anew in every layer and for every head.
+    return jax.lax.optimization_barrier(turned)
 
 
 def rotate(x_BxTxHxK: jax.Array, by: Rotation) -> jax.Array:

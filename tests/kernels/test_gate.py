@@ -1,0 +1,34 @@
+"""The gate and its derivative against the automatic one in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedjax_llm_kernels.gate import silu_gate
+
+
+def plain(gate: jax.Array, up: jax.Array) -> jax.Array:
+    return gate / (1 + jnp.exp(-gate)) * up
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-6), (jnp.bfloat16, 2e-2)])
+def test_value_and_derivative_are_those_of_the_formula(dtype: type, tolerance: float) -> None:
+    gate, up, weight = jax.random.normal(jax.random.key(0), (3, 7, 33)) * jnp.float32(4)
+    with jax.enable_x64(True):
+        exact = jax.vjp(plain, *(jnp.asarray(x, jnp.float64) for x in (gate, up)))
+        want = [exact[0], *exact[1](jnp.asarray(weight, jnp.float64))]
+    value, pull = jax.vjp(silu_gate, gate.astype(dtype), up.astype(dtype))
+    for found, expected in zip([value, *pull(weight.astype(dtype))], want, strict=True):
+        assert found.dtype == dtype
+        scale = np.abs(expected).max()
+        np.testing.assert_allclose(
+            np.asarray(found, np.float64) / scale, expected / scale, atol=tolerance
+        )
+
+
+def test_far_from_zero_nothing_overflows() -> None:
+    gate = jnp.array([-1e4, -90.0, 90.0, 1e4])
+    value, pull = jax.vjp(silu_gate, gate, jnp.ones(4))
+    np.testing.assert_allclose(value, [0.0, 0.0, 90.0, 1e4], atol=1e-30)
+    np.testing.assert_allclose(pull(jnp.ones(4))[0], [0.0, 0.0, 1.0, 1.0], atol=1e-30)
