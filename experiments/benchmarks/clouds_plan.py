@@ -7,8 +7,8 @@
   result    forecast over outcome, after a pilot of so many rounds and a run of so many:
 
             case                                   pilot   run   time   bytes  dollars
-            seconds to 1.8                            14    14   1.000  1.002  1.000
-            dollars to 1.6                            16    46   0.889  0.889  0.889
+            seconds to 1.8                            13    13   1.000  1.003  1.000
+            dollars to 1.6                            16    19   1.000  1.003  1.000
             bytes to 1.8, synchronous                  6     6   1.000  1.002  1.000
             bytes to 1.6, synchronous, pilot of 8      8    10   1.000  1.002  1.000
             seconds to 3.4, epsilon 8                 28    30   1.100  1.103  1.100
@@ -31,9 +31,9 @@ from typing import Any
 from table import Row, row, show, write
 
 from fedjax_llm.errors import FedJaxError
-from fedjax_llm.runs import forecast_file, job, planning, runfile
+from fedjax_llm.runs import job, planning, runfile
 from fedjax_llm.runs.events import Event, Note
-from fedjax_llm.runs.folder import RunFolder
+from fedjax_llm.runs.folder import RunFolder, forecast_file
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN_FILE = ROOT / "experiments" / "cross_cloud" / "plan.toml"

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from table import Row, row, show, write
 
-from fedjax_llm_kernels.choice import Choices
+from fedjax_llm_kernels.choice import Choices, times
 from fedjax_llm_kernels.clip_sum import clip_sum
 from fedjax_llm_kernels.cross_entropy import chunked_cross_entropy
 from fedjax_llm_kernels.many_adapters import many_adapter_matmul
@@ -171,13 +171,7 @@ def cases(quick: bool, cpu: bool) -> list[Case]:
 
 def fastest(run: Callable[..., Any], arguments: tuple[Any, ...], repeats: int = 30) -> float:
     """Seconds of the fastest call: a roofline is about what can be reached, undisturbed."""
-    jax.block_until_ready(run(*arguments))
-    times = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        jax.block_until_ready(run(*arguments))
-        times.append(time.perf_counter() - started)
-    return min(times)
+    return min(times(run, arguments, repeats))
 
 
 def peak_bandwidth(quick: bool, cpu: bool) -> float:
@@ -186,12 +180,12 @@ def peak_bandwidth(quick: bool, cpu: bool) -> float:
     # In place: the operating system would otherwise hand out new pages, which takes longer.
     step = jax.jit(lambda x: x + 1, donate_argnums=0)
     x = jax.block_until_ready(step(jnp.zeros(count)))
-    times = []
+    took = []
     for _ in range(30):
         started = time.perf_counter()
         x = jax.block_until_ready(step(x))
-        times.append(time.perf_counter() - started)
-    return 8.0 * count / min(times)
+        took.append(time.perf_counter() - started)
+    return 8.0 * count / min(took)
 
 
 def peak_flops(quick: bool, cpu: bool, dtype: Any) -> float:

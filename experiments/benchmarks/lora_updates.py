@@ -32,7 +32,7 @@ def updates(rounds: int) -> list[Any]:
     import fedjax_llm as fl
     from fedjax_llm.aggregation.part import pick, put
     from fedjax_llm.data import Record, render_all, to_batch
-    from fedjax_llm.federation.objective import row_loss
+    from fedjax_llm.federation.objective import rows_loss
     from fedjax_llm.lora import init_adapter
     from fedjax_llm.training import ClientTable, client_update, optimizer_init
 
@@ -59,13 +59,13 @@ def updates(rounds: int) -> list[Any]:
 
     @jax.jit
     def train(base: Any, part: Any, state_K: Any, key: jax.Array) -> tuple[Any, Any]:
-        def loss(candidate: Any, row: Any) -> jax.Array:
-            return row_loss(model, base, put(adapter, candidate), row, jnp.float32, False)
+        def losses(candidate: Any, rows: Any) -> jax.Array:
+            return rows_loss(model, base, put(adapter, candidate), rows, jnp.float32, False)
 
         def one(client: Any) -> tuple[Any, Any]:
             rows, state, own_key = client
             table = ClientTable(rows, jnp.int32(own), jnp.float32(1))
-            done = client_update(loss, training, part, state, table, own_key, own_key)
+            done = client_update(losses, training, part, state, table, own_key, own_key)
             return jax.tree.map(jnp.subtract, done.trainable, part), done.optimizer
 
         return jax.lax.map(one, (rows_K, state_K, jax.random.split(key, CLIENTS)))

@@ -97,6 +97,7 @@ class Problem(NamedTuple):
         part: the trained factors.
         rows: `Batch` of [B, T] leaves.
         loss: (base, part, row) -> loss.
+        losses: (base, part, rows) -> loss of each.
         scale: of the adapter.
     """
 
@@ -104,6 +105,7 @@ class Problem(NamedTuple):
     part: Any
     rows: Any
     loss: Callable[..., Any]
+    losses: Callable[..., Any]
     scale: float
 
 
@@ -114,7 +116,7 @@ def problem(setting: Setting) -> Problem:
     import numpy as np
 
     from fedjax_llm.aggregation.part import pick, put
-    from fedjax_llm.federation.objective import row_loss
+    from fedjax_llm.federation.objective import row_loss, rows_loss
     from fedjax_llm.lora import LoraConfig, init_adapter
     from fedjax_llm.models import Batch
     from fedjax_llm.models.model import load_model
@@ -133,7 +135,10 @@ def problem(setting: Setting) -> Problem:
     def loss(base: Any, part: Any, row: Any) -> Any:
         return row_loss(model, base, put(adapter, part), row, jnp.float32, False)
 
-    return Problem(model.base, part, rows, loss, adapter.scale)
+    def losses(base: Any, part: Any, rows: Any) -> Any:
+        return rows_loss(model, base, put(adapter, part), rows, jnp.float32, False)
+
+    return Problem(model.base, part, rows, loss, losses, adapter.scale)
 
 
 def step(of: Problem, microbatch: int, private: bool) -> Callable[[], float]:
@@ -151,8 +156,8 @@ def step(of: Problem, microbatch: int, private: bool) -> Callable[[], float]:
 
     def run(base: Any, part: Any, state: Any, rows: Any, key: jax.Array) -> Any:
         table = ClientTable(rows, jnp.int32(batch), jnp.float32(1))
-        loss = functools.partial(of.loss, base)
-        trained = client_update(loss, training, part, state, table, key, key)
+        losses = functools.partial(of.losses, base)
+        trained = client_update(losses, training, part, state, table, key, key)
         return trained.trainable, trained.metrics
 
     arguments = (

@@ -26,6 +26,7 @@ from fedjax_llm.training import (
     ExamplePrivacy,
     LocalTraining,
     client_update,
+    each_row,
     optimizer_init,
 )
 
@@ -128,7 +129,7 @@ def audit_examples(
             optimizer=observed(training.optimizer, planted, scorer, training.batch_size),
         )
         trained = client_update(
-            with_canaries(functools.partial(row_loss, base), planted),
+            each_row(with_canaries(functools.partial(row_loss, base), planted)),
             watched,
             trainable,
             state,

@@ -22,7 +22,7 @@ from fedjax_llm.federation.link_promises import (
     in_fragments,
 )
 from fedjax_llm.federation.message import MessageCodec, Upload, WeightCodec, fitting_bits
-from fedjax_llm.federation.objective import row_loss
+from fedjax_llm.federation.objective import rows_loss
 from fedjax_llm.federation.promises import (
     Combination,
     check_combination,
@@ -222,8 +222,8 @@ def _recipe(
         layout=layout,
         training=settings.training,
         rule=rule,
-        row_loss=lambda base, adapter, row: row_loss(
-            model, base, layout.cut_adapter(adapter), row, dtype, remat, unroll
+        rows_loss=lambda base, adapter, rows: rows_loss(
+            model, base, layout.cut_adapter(adapter), rows, dtype, remat, unroll
         ),
         by_loss=roster.by_loss,
         normalised=settings.combine if isinstance(settings.combine, NormalisedMean) else None,
@@ -248,6 +248,7 @@ def _recipe(
         ranks_differ=any(own != settings.lora.rank for own in roster.ranks),
         sampled=plan.unit == "client" and (plan.sampler.kind != "full" or plan.sampler.period > 1),
         steps_differ=bool((roster.steps_K != settings.training.steps).any()),
+        batches_differ=bool((roster.batch_K != settings.training.batch_size).any()),
         replicas=replicas,
         compressor=compressor,
     )

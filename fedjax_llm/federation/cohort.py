@@ -37,7 +37,7 @@ from fedjax_llm.training import (
 )
 
 PyTree = Any
-RowLossOfBase = Callable[[PyTree, Adapter, PyTree], jax.Array]
+RowsLossOfBase = Callable[[PyTree, Adapter, PyTree], jax.Array]
 
 
 class ClientState(NamedTuple):
@@ -75,6 +75,7 @@ class ClientInputs(NamedTuple):
         online: bool, whether it can be reached; then it adds its share of integer noise.
         rank: int32, its rank.
         steps: int32, its local steps.
+        batch: int32, rows of each of its steps.
         turn: int32, counts its cycles from 1 (rounds, where all wait for each other); addresses
             its randomness.
         lands: int32, the step that takes its message.
@@ -91,10 +92,15 @@ class ClientInputs(NamedTuple):
     online: jax.Array
     rank: jax.Array
     steps: jax.Array
+    batch: jax.Array
     turn: jax.Array
     lands: jax.Array
     fresh: jax.Array
     merged: jax.Array
+
+    def without_rows(self) -> "ClientInputs":
+        """For programs that do not train, which would copy rows from the host for nothing."""
+        return self._replace(table=self.table._replace(rows=(), turns=None))
 
 
 class Shared(NamedTuple):
@@ -143,12 +149,13 @@ class Client:
         rule: what is trained and what is sent of it.
         phase: of the rule.
         codecs: fixed point of the message of each stage.
-        row_loss: `(base, adapter, row) -> loss in nats`.
+        rows_loss: `(base, adapter, rows) -> loss in nats of each row`.
         by_loss: weights that follow from the client's loss, or None.
         normalised: each message is divided by its length, or None.
         alike: messages are sent without their weight, because the server reads each.
         ranks_differ: whether some clients train fewer ranks than the adapter has.
         steps_differ: whether some take fewer local steps than others.
+        batches_differ: whether some take smaller batches than others.
         replicas: how clients go on from their own copy; None where they do not.
         compressor: how messages are shortened; None where they are sent whole.
     """
@@ -157,12 +164,13 @@ class Client:
     rule: AggregationRule
     phase: int
     codecs: tuple[MessageCodec, ...]
-    row_loss: RowLossOfBase
+    rows_loss: RowsLossOfBase
     by_loss: LossWeights | None
     normalised: NormalisedMean | None
     alike: bool
     ranks_differ: bool
     steps_differ: bool = False
+    batches_differ: bool = False
     replicas: Replicas | None = None
     compressor: Compressor | None = None
 
@@ -176,9 +184,9 @@ class Client:
         def limited(part: Part) -> Part:
             return rule.limited(before, part, client.rank) if self.ranks_differ else part
 
-        def loss(part: Part, row: PyTree) -> jax.Array:
+        def losses(part: Part, rows: PyTree) -> jax.Array:
             adapter = rule.adapter(shared.server, limited(part))
-            return self.row_loss(shared.base, adapter, row)
+            return self.rows_loss(shared.base, adapter, rows)
 
         optimizer = client.state.optimizer[phase]
         anew = begins_anew(rule, self.training)
@@ -189,7 +197,7 @@ class Client:
             own = client.state.control[phase]
             correction = jax.tree.map(jnp.subtract, shared.control, own)
         trained = client_update(
-            loss,
+            losses,
             self.training,
             before,
             optimizer,
@@ -204,6 +212,7 @@ class Client:
                 client.state.noise,
                 client.state.clip,
             ),
+            client.batch if self.batches_differ else None,
         )
         after = limited(trained.trainable)
         kept = subset(after, rule.kept) if rule.kept else {}

@@ -1,5 +1,6 @@
 """What a federation runs on: layout, tables, programs; all of it depends on the clients at once."""
 
+import functools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,8 +11,8 @@ import numpy as np
 
 from fedjax_llm.errors import UserError
 from fedjax_llm.federation.cohort import ClientState
-from fedjax_llm.federation.fitting import evened, most_that_fit, program_bytes
-from fedjax_llm.federation.layout import CohortLayout
+from fedjax_llm.federation.fitting import evened, most_that_fit, program_bytes, usable
+from fedjax_llm.federation.layout import CohortLayout, Memory
 from fedjax_llm.federation.message import MessageCodec
 from fedjax_llm.federation.programs import RoundPrograms
 from fedjax_llm.federation.recipe import Recipe
@@ -57,30 +58,46 @@ class Engine:
         """Where clients run."""
         return self.recipe.layout
 
-    def at_once(self, group: int) -> "Engine":
-        """The same with another number of clients at once."""
+    def at_once(self, group: int, rows: Memory | None = None) -> "Engine":
+        """The same with another number of clients at once, or with rows elsewhere."""
         layout = replace(self.layout, group=group)
         return Engine.of(
-            self.roster.laid_out(layout),
+            self.roster.laid_out(layout, rows),
             replace(self.recipe, layout=layout),
             replace(self.road, layout=layout),
             self.codecs,
         )
 
-    def fitted(self, state: FederationState, memory: int, plain: bool) -> "Engine":
+    def fitted(
+        self,
+        state: FederationState,
+        memory: int,
+        plain: bool,
+        group: int | None = None,
+        rows_may_move: bool = False,
+    ) -> "Engine":
         """With as many clients at once as the memory of a device holds, see `fitting`.
 
         Args:
             state: of the first round.
             memory: bytes of a device.
             plain: whether a round is one program.
+            group: clients at once, where that is settled.
+            rows_may_move: whether the clients' rows are left in the host's memory where they do not
+                fit beside a program of `group` clients at once; of one if that is not settled.
 
         Raises:
             UserError: one client does not fit.
         """
+        bytes_of = functools.cache(lambda group: self.at_once(group).bytes(state, plain))
+        if rows_may_move and bytes_of(group or 1) > usable(memory):
+            _log.info("the clients' rows stay in the host's memory; a group's are copied at a time")
+            moved = self.at_once(self.layout.group, "host")
+            return moved.fitted(state, memory, plain, group)
+        if group is not None:
+            return self
         each = -(-self.layout.clients // self.layout.places)
-        group = most_that_fit(lambda group: self.at_once(group).bytes(state, plain), each, memory)
-        group = evened(each, group)
+        group = evened(each, most_that_fit(bytes_of, each, memory))
         _log.info("%d of %d clients of a device run at once", group, each)
         return self.at_once(group)
 
@@ -88,7 +105,8 @@ class Engine:
         """Bytes of a device that the program which trains takes; it is compiled and not run."""
         programs, road = self.programs[0], self.road
         everyone_K = np.ones(self.layout.clients, bool)
-        clients = self.roster.inputs(state.clients, 1, everyone_K)
+        # Rows that would not fit cannot be put there to find that out.
+        clients = self.roster.in_shapes().inputs(state.clients, 1, everyone_K)
         shared = self.layout.replicate(state.globals)
         where = (road.seed, jnp.int32(1))
         if plain:

@@ -6,7 +6,7 @@ the keys of the encrypted sum); `FederationState` is a pytree that holds all tha
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from fedjax_llm.federation.evaluation import HeldOut
 from fedjax_llm.federation.exchange import Codec, HiddenSums, OnStage
 from fedjax_llm.federation.fitting import on_a_cpu
 from fedjax_llm.federation.keys import Seeds, seed_key
-from fedjax_llm.federation.layout import CohortLayout
+from fedjax_llm.federation.layout import CohortLayout, Memory
 from fedjax_llm.federation.link_promises import check_cycles
 from fedjax_llm.federation.mesh import MeshShape
 from fedjax_llm.federation.message import WeightCodec
@@ -85,6 +85,10 @@ class Federation:
         mesh: how they are divided; all among the clients if None.
         timed_as: the sum whose bytes virtual time counts, where a trial adds messages on the
             devices in place of it; `sum_mode` if None.
+        rows: where the clients' training rows lie: in the devices' memory, or in the host's, from
+            which each group's are copied while the group before it computes. The bytes of results
+            are the same. "auto" leaves them on the host where an accelerator does not hold them
+            beside the compiled program.
 
     Raises:
         UserError: no clouds, two of one name, bits or weights that do not fit, parts that have no
@@ -123,8 +127,9 @@ class Federation:
         devices: Sequence[jax.Device] | None = None,
         mesh: MeshShape | None = None,
         timed_as: SumMode | None = None,
+        rows: Memory | Literal["auto"] = "auto",
     ) -> None:
-        check_participants(participants, lora.rank, training.steps, rule.facts.ranks)
+        check_participants(participants, lora.rank, training, rule.facts.ranks)
         self.model, self.participants = model, tuple(participants)
         self.lora, self.plan, self.sum_mode, self.rule = lora, plan, sum_mode, rule
         self.schedule = schedule or Synchronous()
@@ -137,7 +142,8 @@ class Federation:
             # On an accelerator that is where it starts from, see `run_round`.
             group = on_a_cpu(len(participants), training.microbatch * length)
         layout = CohortLayout.over(len(participants), group, devices, mesh)
-        roster = Roster(participants, layout, training, plan, weights, lora.rank, self._seed)
+        where: Memory = "device" if rows == "auto" else rows
+        roster = Roster(participants, layout, training, plan, weights, lora.rank, self._seed, where)
         settings = Settings(
             lora=lora,
             training=training,
@@ -185,7 +191,6 @@ class Federation:
         self._almanac = Almanac(
             self.schedule,
             roster,
-            training,
             parts.sizes,
             parts.codecs,
             self._hidden if timed_as is None else planned_sums(timed_as, parts, roster),
@@ -204,6 +209,7 @@ class Federation:
             self._almanac,
             self.steps,
             clients_at_once is not None,
+            rows == "auto",
         )
         check_cycles(plan, self.calendar, self.steps)
 

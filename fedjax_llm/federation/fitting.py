@@ -24,8 +24,16 @@ def memory_of(device: jax.Device) -> int | None:
     return found.get("bytes_limit") if device.platform != "cpu" else None
 
 
+def usable(memory: int) -> int:
+    """Bytes of a device's memory that a program may take."""
+    return int(memory * _SHARE)
+
+
 def program_bytes(compiled: jax.stages.Compiled) -> int:
     """Bytes of one device that a compiled program takes: what goes in and out, and its scratch.
+
+    What lies in the host's memory is not among them. A CPU has no other memory than that, and its
+    programs count it.
 
     Raises:
         UserError: a backend that does not tell.
@@ -82,7 +90,7 @@ def most_that_fit(bytes_of: Callable[[int], int], clients: int, memory: int) -> 
     Raises:
         UserError: one client does not fit.
     """
-    limit = int(memory * _SHARE)
+    limit = usable(memory)
     one = bytes_of(1)
     if one > limit:
         raise UserError(

@@ -18,25 +18,42 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from fedjax_llm.errors import UserError
+from fedjax_llm.federation.groups import Idle, over_groups, shapes_of_one
 from fedjax_llm.federation.mesh import SPREAD, MeshShape
 from fedjax_llm.lora import Adapter, LowRank
 from fedjax_llm.models import DecoderConfig
 from fedjax_llm.models.sharding import MODEL, adapter_specs, base_specs
 from fedjax_llm.models.spread import manual_specs, spread
-from fedjax_llm_kernels.lockstep import DATA, in_step
+from fedjax_llm_kernels.lockstep import DATA
 
 PyTree = Any
-# `(client, shapes of a result) -> (bool, result)`, see `CohortLayout.map_clients`.
-Idle = Callable[[PyTree, PyTree], tuple[jax.Array, PyTree]]
+# Where arrays lie: the memory of the devices that compute with them, or of their hosts.
+Memory = Literal["device", "host"]
+_HOST = "pinned_host"
 # Of what is spread over the devices, client by client or row by row.
 CLIENTS = PartitionSpec(SPREAD)
+
+
+def check_host_memory(devices: Sequence[jax.Device]) -> None:
+    """Refuses devices that cannot fetch from their host's memory inside a program.
+
+    Raises:
+        UserError: as said.
+    """
+    for device in devices:
+        if _HOST not in {memory.kind for memory in device.addressable_memories()}:
+            raise UserError(
+                f'[devices] rows = "host": devices of kind {device.device_kind!r} cannot fetch '
+                'from the memory of their host; set rows = "device"'
+            )
 
 
 @dataclass(frozen=True)
@@ -79,14 +96,31 @@ class CohortLayout:
         unit = self.places * self.group
         return -(-self.clients // unit) * unit
 
-    def shard(self, tree: PyTree) -> PyTree:
-        """Pads host arrays [K, ...] with zeros to K' and spreads them over the devices."""
+    def shard(self, tree: PyTree, memory: Memory = "device") -> PyTree:
+        """Pads host arrays [K, ...] with zeros to K' and spreads them over the devices.
 
-        def padded(leaf: Any) -> np.ndarray:
+        Args:
+            tree: of arrays, or of their shapes: then shapes are returned, as a program is lowered
+                for.
+            memory: "host" leaves each device's part in the memory of its host, from which
+                `map_clients` and `sum_clients` fetch a group's at a time.
+
+        Raises:
+            UserError: devices that cannot read their host's memory.
+        """
+        if memory == "host":
+            check_host_memory(self.mesh.local_devices)
+
+        def placed(leaf: Any) -> Any:
+            if isinstance(leaf, jax.ShapeDtypeStruct):
+                shape = (self.padded, *leaf.shape[1:])
+                where = self._sharding(CLIENTS, memory)
+                return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=where)
             leaf = np.asarray(leaf)
-            return np.pad(leaf, [(0, self.padded - self.clients)] + [(0, 0)] * (leaf.ndim - 1))
+            extra = [(0, self.padded - self.clients)] + [(0, 0)] * (leaf.ndim - 1)
+            return self._place(np.pad(leaf, extra), CLIENTS, memory)
 
-        return self.rows(jax.tree.map(padded, tree))
+        return jax.tree.map(placed, tree)
 
     def rows(self, tree: PyTree) -> PyTree:
         """Spreads host arrays over the devices; their first dimension is a multiple of `places`."""
@@ -119,8 +153,11 @@ class CohortLayout:
         }
         return replace(adapter, factors=factors)
 
-    def _place(self, leaf: Any, spec: PartitionSpec) -> jax.Array:
-        sharding = NamedSharding(self.mesh, spec)
+    def _sharding(self, spec: PartitionSpec, memory: Memory = "device") -> NamedSharding:
+        return NamedSharding(self.mesh, spec, memory_kind=_HOST if memory == "host" else None)
+
+    def _place(self, leaf: Any, spec: PartitionSpec, memory: Memory = "device") -> jax.Array:
+        sharding = self._sharding(spec, memory)
         if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
             return jax.device_put(leaf, sharding)
         if sharding.is_fully_addressable:
@@ -191,9 +228,16 @@ class CohortLayout:
         """
 
         def on_device(shared: PyTree, clients: PyTree) -> PyTree:
-            run = _of_a_group(one_client, idle, shared)
-            groups, take, back = self._groups(one_client, idle, shared, clients, busy_first)
-            return back(jax.lax.map(lambda group: run(take(group)), groups))
+            return over_groups(
+                one_client,
+                idle,
+                shared,
+                clients,
+                group=self.group,
+                busy_first=busy_first,
+                start=(),
+                add=lambda carry, clients_G, results_G: (carry, results_G),
+            )[1]
 
         return self.on_all_devices(on_device, CLIENTS)
 
@@ -224,61 +268,31 @@ class CohortLayout:
         def on_device(
             shared: PyTree, clients: PyTree, part_K: jax.Array
         ) -> tuple[PyTree, jax.Array]:
-            run = _of_a_group(one_client, idle, shared)
-            groups, take, back = self._groups(
-                lambda shared, pair: one_client(shared, pair[0]),
-                None if idle is None else lambda pair, shapes: idle(pair[0], shapes),
-                shared,
-                (clients, part_K),
-                busy_first,
-            )
-
-            def add(sums_CxP: jax.Array, group: PyTree) -> tuple[jax.Array, PyTree]:
-                clients_G, part_G = take(group)
+            def add(sums_CxP: jax.Array, group: PyTree, found: PyTree) -> tuple[jax.Array, PyTree]:
                 # Apart from what made them, so that they are the bits of messages that are sent.
-                results_G, ints_GxP = jax.lax.optimization_barrier(run(clients_G))
+                results_G, ints_GxP = jax.lax.optimization_barrier(found)
                 if parts == 1:
                     return sums_CxP + jnp.sum(
                         ints_GxP, axis=0, keepdims=True, dtype=jnp.int32
                     ), results_G
-                member_CxG = part_G[None] == jnp.arange(parts, dtype=jnp.int32)[:, None]
+                member_CxG = group[1][None] == jnp.arange(parts, dtype=jnp.int32)[:, None]
                 return sums_CxP + member_CxG.astype(jnp.int32) @ ints_GxP, results_G
 
-            first = jax.tree.map(lambda leaf: leaf[0], clients)
-            shape = jax.eval_shape(one_client, shared, first)[1].shape
-            start_CxP = jnp.zeros((parts, *shape), jnp.int32)
-            sums_CxP, results = jax.lax.scan(add, start_CxP, groups)
+            shape = jax.eval_shape(one_client, shared, shapes_of_one(clients))[1].shape
+            sums_CxP, results = over_groups(
+                lambda shared, pair: one_client(shared, pair[0]),
+                None if idle is None else lambda pair, shapes: idle(pair[0], shapes),
+                shared,
+                (clients, part_K),
+                group=self.group,
+                busy_first=busy_first,
+                start=jnp.zeros((parts, *shape), jnp.int32),
+                add=add,
+            )
             # Integers: the order of the clients and the number of devices cannot change a bit.
-            return back(results), jax.lax.psum(sums_CxP, SPREAD)
+            return results, jax.lax.psum(sums_CxP, SPREAD)
 
         return self.on_all_devices(on_device, (CLIENTS, PartitionSpec()))
-
-    def _groups(
-        self,
-        one_client: Callable[..., PyTree],
-        idle: Idle | None,
-        shared: PyTree,
-        clients: PyTree,
-        busy_first: bool,
-    ) -> tuple[PyTree, Callable[[PyTree], PyTree], Callable[[PyTree], PyTree]]:
-        """A device's groups to go over, how to take one up, and how to put results in a row."""
-        if not busy_first or idle is None or self.group == 1:
-            in_groups = jax.tree.map(
-                lambda leaf: leaf.reshape(-1, self.group, *leaf.shape[1:]), clients
-            )
-            return in_groups, lambda group: group, _in_a_row
-        shapes = jax.eval_shape(one_client, shared, jax.tree.map(lambda leaf: leaf[0], clients))
-        idles_K = jax.vmap(lambda client: idle(client, shapes)[0])(clients)
-        order_K = jnp.argsort(idles_K, stable=True)
-        back_K = jnp.argsort(order_K)
-
-        def take(places_G: jax.Array) -> PyTree:
-            return jax.tree.map(lambda leaf: leaf[places_G], clients)
-
-        def back(results: PyTree) -> PyTree:
-            return jax.tree.map(lambda leaf: leaf[back_K], _in_a_row(results))
-
-        return order_K.reshape(-1, self.group), take, back
 
     def on_all_devices(self, on_device: Callable[..., PyTree], out: Any) -> Callable[..., PyTree]:
         """Of functions `(shared, ...)`: what is shared is on every device, the rest is spread.
@@ -302,30 +316,3 @@ class CohortLayout:
             )(shared, *parts)
 
         return mapped
-
-
-def _in_a_row(tree: PyTree) -> PyTree:
-    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), tree)
-
-
-def _of_a_group(
-    one_client: Callable[..., PyTree],
-    idle: Idle | None,
-    shared: PyTree,
-) -> Callable[[PyTree], PyTree]:
-    """The clients of a group as one batch, which is left out if none has anything to do."""
-    # Compiled by itself it is traced once, and serves for shapes and for the branch.
-    batched = jax.jit(jax.vmap(one_client, in_axes=(None, 0)), inline=True)
-
-    def run(group: PyTree) -> PyTree:
-        if idle is None:
-            return batched(shared, group)
-        shapes_G = jax.eval_shape(batched, shared, group)
-        shapes = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), shapes_G
-        )
-        idles_G, results_G = jax.vmap(lambda client: idle(client, shapes))(group)
-        busy = in_step(jnp.any(~idles_G).astype(jnp.int32)) > 0
-        return jax.lax.cond(busy, lambda: batched(shared, group), lambda: results_G)
-
-    return run

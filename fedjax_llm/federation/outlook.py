@@ -59,7 +59,7 @@ class Outlook:
         roster: the clients.
         calendar: of all its steps.
         sums: between the clouds; None on the devices.
-        batch_tokens: positions of one local step of one client.
+        length: positions of a row.
     """
 
     settings: Settings
@@ -67,7 +67,7 @@ class Outlook:
     roster: Roster
     calendar: Calendar
     sums: PlannedSums | None
-    batch_tokens: int
+    length: int
 
     def sent(self, step: int) -> tuple[list[int], list[int]]:
         """Bytes that each cloud sends and receives in a server step, [C] and [C]."""
@@ -104,7 +104,9 @@ class Outlook:
         timeline, roster = self.calendar.timeline, self.roster
         count = len(timeline.steps) if steps is None else steps
         most_C = np.array([max(self._steps_of(c)) for c in range(len(roster.names))], float)
-        share_C = np.array([sum(self._steps_of(c)) for c in range(len(roster.names))]) / most_C
+        rows_K = roster.steps_K * roster.batch_K
+        rows_C = [rows_K[roster.members(c)].sum() for c in range(len(roster.names))]
+        share_C = np.array(rows_C, float) / most_C
         known: dict[tuple[int, ...], tuple[list[int], list[int]]] = {}
         bill = self.calendar.bill
         dollars_N = (bill.clouds_NxC.sum(axis=1) + bill.server_N)[:count]
@@ -122,7 +124,7 @@ class Outlook:
             at = step - 1
             up_N[at], down_N[at] = sum(up), sum(down)
             work_N[at] = held_C.mean()
-            tokens_N[at] = float(held_C @ share_C) * self.batch_tokens
+            tokens_N[at] = float(held_C @ share_C) * self.length
         return Totals(
             np.array([step.ready for step in timeline.steps[:count]]),
             np.cumsum(up_N).astype(np.int64),
@@ -164,7 +166,6 @@ def outlook(
     almanac = Almanac(
         settings.schedule,
         roster,
-        settings.training,
         parts.sizes,
         parts.codecs,
         sums,
@@ -173,8 +174,7 @@ def outlook(
         length,
         seed,
     )
-    batch_tokens = settings.training.batch_size * length
-    return Outlook(settings, parts, roster, almanac.calendar(steps), sums, batch_tokens)
+    return Outlook(settings, parts, roster, almanac.calendar(steps), sums, length)
 
 
 def steps_within(totals: Sequence[float] | NDArray[np.float64], most: float) -> int:

@@ -49,12 +49,13 @@ class RoundPrograms:
             recipe.rule,
             phase,
             codecs,
-            recipe.row_loss,
+            recipe.rows_loss,
             recipe.by_loss,
             recipe.normalised,
             recipe.reads_messages,
             recipe.ranks_differ,
             recipe.steps_differ,
+            recipe.batches_differ,
             recipe.replicas,
             recipe.compressor,
         )
@@ -203,7 +204,7 @@ class RoundPrograms:
             return self._client.weigh(shared, *pair)
 
         shared, layout = self._shared({}, state, number, seed), self._recipe.layout
-        limbs_Kx4: jax.Array = layout.map_clients(one)(shared, (clients, local))
+        limbs_Kx4: jax.Array = layout.map_clients(one)(shared, (clients.without_rows(), local))
         # Read on the host, which may hold some of the devices only.
         return layout.everywhere(limbs_Kx4)
 
@@ -219,7 +220,7 @@ class RoundPrograms:
         summed: Summed = "each",
     ) -> EncodedMessage:
         layout, client = self._recipe.layout, self._client
-        shared = self._shared({}, state, number, seed)
+        clients, shared = clients.without_rows(), self._shared({}, state, number, seed)
         attackers = self._recipe.attackers
         if attackers is None:
 

@@ -11,7 +11,7 @@ import jax
 from fedjax_llm.aggregation import AggregationRule, LossWeights, NormalisedMean, ServerState
 from fedjax_llm.aggregation.attacks import Attack
 from fedjax_llm.aggregation.robust import Combine, GroupRobust
-from fedjax_llm.federation.cohort import RowLossOfBase
+from fedjax_llm.federation.cohort import RowsLossOfBase
 from fedjax_llm.federation.compressor import Compressor
 from fedjax_llm.federation.layout import CohortLayout
 from fedjax_llm.federation.replicas import Replicas
@@ -90,7 +90,7 @@ class Recipe:
         layout: where clients run.
         training: the local update.
         rule: trainable part, messages and server step.
-        row_loss: `(base, adapter, row) -> loss in nats`.
+        rows_loss: `(base, adapter, rows) -> loss in nats of each row`.
         by_loss: weights that follow from losses, or None.
         normalised: messages are divided by their length, or None.
         combine: how messages, or group sums, are combined; None is the mean.
@@ -107,6 +107,7 @@ class Recipe:
         sums_weights: whether weights are summed before messages are sent.
         ranks_differ: whether some clients train fewer ranks than the adapter has.
         steps_differ: whether some take fewer local steps than others.
+        batches_differ: whether some take smaller batches than others.
         measures_error: whether the aggregation error is measured.
         sampled: whether few of the clients may take part in a round.
         replicas: how clients go on from their own copy; None where each cycle begins with the
@@ -117,7 +118,7 @@ class Recipe:
     layout: CohortLayout
     training: LocalTraining
     rule: AggregationRule
-    row_loss: RowLossOfBase
+    rows_loss: RowsLossOfBase
     by_loss: LossWeights | None
     normalised: NormalisedMean | None
     combine: Combine | GroupRobust | None
@@ -132,6 +133,7 @@ class Recipe:
     measures_error: bool
     ranks_differ: bool
     steps_differ: bool
+    batches_differ: bool
     sampled: bool
     replicas: Replicas | None = None
     compressor: Compressor | None = None

@@ -12,9 +12,16 @@ from fedjax_llm.aggregation import LossWeights, Weights
 from fedjax_llm.errors import UserError
 from fedjax_llm.federation.calendar import Landing, Wave
 from fedjax_llm.federation.cohort import ClientInputs, ClientState
+from fedjax_llm.federation.host_rows import packed
 from fedjax_llm.federation.keys import Purpose, Seeds, key_for
-from fedjax_llm.federation.layout import CohortLayout
-from fedjax_llm.federation.tables import Participant, client_tables, clouds_of
+from fedjax_llm.federation.layout import CohortLayout, Memory
+from fedjax_llm.federation.tables import (
+    Participant,
+    batch_of,
+    client_tables,
+    clouds_of,
+    table_shapes,
+)
 from fedjax_llm.privacy import PrivacyPlan, poisson_sample
 from fedjax_llm.privacy.weights import Weights as WeightKind
 from fedjax_llm.training import ClientTable, LocalTraining
@@ -31,6 +38,7 @@ class Roster:
         weights: what each counts; by loss, beforehand, or uniform if None.
         rank: of the adapter.
         seed: the run's key.
+        rows: where the clients' rows lie.
 
     Raises:
         UserError: weights that do not fit.
@@ -45,7 +53,9 @@ class Roster:
         weights: Weights | LossWeights | Sequence[float] | None,
         rank: int,
         seed: jax.Array | Seeds,
+        rows: Memory = "device",
     ) -> None:
+        self.rows: Memory = rows
         self.participants = tuple(participants)
         self.clouds, self.cloud_K = clouds_of(participants)
         self._layout, self._plan, self._seed = layout, plan, seed
@@ -59,6 +69,7 @@ class Roster:
         self.ranks = tuple(rank if p.rank is None else p.rank for p in participants)
         steps = [training.steps if p.local_steps is None else p.local_steps for p in participants]
         self.steps_K = np.array(steps, np.int32)
+        self.batch_K = np.array([batch_of(p, training) for p in participants], np.int32)
         self._beforehand_K = self.weights.contributions_K
         if self.by_loss is not None:
             self._beforehand_K = self.by_loss.beforehand(
@@ -66,18 +77,29 @@ class Roster:
             )
         self._training = training
 
-    def laid_out(self, layout: CohortLayout) -> "Roster":
-        """The same clients, computed elsewhere or in other groups."""
+    def laid_out(self, layout: CohortLayout, rows: Memory | None = None) -> "Roster":
+        """The same clients, computed elsewhere or in other groups; rows stay where they are."""
         other = copy.copy(self)
         other.__dict__.pop("_tables", None)
-        other._layout = layout
+        other._layout, other.rows = layout, rows or self.rows
+        return other
+
+    def in_shapes(self) -> "Roster":
+        """The same clients, of whose rows there are shapes alone: to compile for, not to run."""
+        other = copy.copy(self)
+        other.__dict__["_tables"] = self._placed(table_shapes(self.participants, self._training))
         return other
 
     @cached_property
     def _tables(self) -> ClientTable:
-        """The rows on the devices; who only asks who takes part when never makes them."""
-        found: ClientTable = self._layout.shard(client_tables(self.participants, self._training))
-        return found
+        """The rows where they lie; who only asks who takes part when never makes them."""
+        return self._placed(client_tables(self.participants, self._training))
+
+    def _placed(self, table: ClientTable) -> ClientTable:
+        # Rows are what is large; numbers of clients are read by the program as a whole.
+        placed: ClientTable = self._layout.shard(table._replace(rows=()))
+        rows = packed(table.rows) if self.rows == "host" else table.rows
+        return placed._replace(rows=self._layout.shard(rows, self.rows))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -218,6 +240,7 @@ class Roster:
             "online": wave.sends_K if online_K is None else online_K,
             "rank": np.array(self.ranks, np.int32),
             "steps": self.steps_K,
+            "batch": self.batch_K,
             "turn": wave.turn_K,
             "lands": wave.lands_K,
             "fresh": wave.fresh_K,

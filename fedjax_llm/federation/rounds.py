@@ -65,6 +65,8 @@ class Rounds:
         almanac: makes the calendar.
         steps: server steps of the run.
         fits: whether the number of clients at once is settled.
+        rows_may_move: whether the clients' rows may be left in the host's memory, which is not
+            settled yet.
     """
 
     engine: Engine
@@ -76,6 +78,7 @@ class Rounds:
     almanac: Almanac
     steps: int
     fits: bool
+    rows_may_move: bool = False
 
     def keep_at_once(self, clients: int) -> None:
         """Runs so many clients at once from now on, whatever fits."""
@@ -121,16 +124,20 @@ class Rounds:
                 self.engine = self.engine.halved(error, lost)
 
     def _fit(self, state: FederationState) -> None:
-        """Takes as many clients at once as a device's memory holds, unless a number is set."""
-        if self.fits:
+        """Takes as many clients at once as a device's memory holds, unless a number is set.
+
+        Before that it finds out whether their rows fit, unless that is set.
+        """
+        if self.fits and not self.rows_may_move:
             return
-        self.fits = True
+        settled = self.engine.layout.group if self.fits else None
+        rows_may_move, self.fits, self.rows_may_move = self.rows_may_move, True, False
         own = memory_of(self.engine.layout.mesh.local_devices[0])
         # All processes have to come to the same number.
         memory = int(processes.from_first(np.int64(own or 0)))
         if memory:
             plain = self.hidden is None and self.schedule.timely
-            self.engine = self.engine.fitted(state, memory, plain)
+            self.engine = self.engine.fitted(state, memory, plain, settled, rows_may_move)
 
     def _outcome(
         self,

@@ -31,6 +31,8 @@ class Participant:
             inside it before anything leaves; None for the only one.
         rank: of what it trains, at most the adapter's; the adapter's if None.
         local_steps: it takes in a round, at most `LocalTraining.steps`; all of them if None.
+        batch_size: rows of each of its steps (expected, where they are sampled), a public number,
+            at most `LocalTraining.batch_size`; that if None.
     """
 
     cloud: Cloud
@@ -40,6 +42,7 @@ class Participant:
     client: str | None = None
     rank: int | None = None
     local_steps: int | None = None
+    batch_size: int | None = None
 
     @property
     def name(self) -> str:
@@ -96,13 +99,24 @@ class Participant:
         return len(self.train.tokens_BxT)
 
 
+def batch_of(participant: Participant, training: LocalTraining) -> int:
+    """Rows that a client takes in a step, or expects to where they are sampled."""
+    own = participant.batch_size
+    return training.batch_size if own is None else own
+
+
 def sampler_of(participants: Sequence[Participant], training: LocalTraining) -> SamplerSpec:
-    """What local training really does, for the accountant to compare with its plan."""
+    """What local training really does, for the accountant to compare with its plan.
+
+    A client's rate is its own batch over its own rows: the one by which its rows are drawn, and by
+    which its epsilon is counted.
+    """
     if training.privacy is None:
         return SamplerSpec("fixed", (), training.steps)
     period = training.privacy.period
     rates = tuple(
-        min(1.0, training.batch_size * period / participant.rows) for participant in participants
+        min(1.0, batch_of(participant, training) * period / participant.rows)
+        for participant in participants
     )
     kind: Literal["full", "poisson"] = "full" if set(rates) == {1.0} else "poisson"
     return SamplerSpec(kind, rates, training.steps, period)
@@ -130,6 +144,22 @@ def client_tables(participants: Sequence[Participant], training: LocalTraining) 
     return table._replace(turns=jnp.asarray(np.stack(padded), jnp.int32))
 
 
+def table_shapes(participants: Sequence[Participant], training: LocalTraining) -> ClientTable:
+    """Shapes and types of `client_tables`, which are not made."""
+    count, most = len(participants), max(participant.rows for participant in participants)
+    shape: Any = jax.ShapeDtypeStruct
+    rows = jax.tree.map(
+        lambda leaf: shape((count, most, *leaf.shape[1:]), leaf.dtype), participants[0].train
+    )
+    takes_turns = training.privacy is not None and training.privacy.period > 1
+    return ClientTable(
+        rows,
+        shape((count,), jnp.int32),
+        shape((count,), jnp.float32),
+        shape((count, most), jnp.int32) if takes_turns else None,
+    )
+
+
 def _turns(participant: Participant, period: int) -> NDArray[np.int32]:
     """In which step of every period a row's turn is, by a hash of the row alone.
 
@@ -144,19 +174,19 @@ def _turns(participant: Participant, period: int) -> NDArray[np.int32]:
 
 
 def check_participants(
-    participants: Sequence[Participant], rank: int, steps: int, ranks_differ: bool
+    participants: Sequence[Participant], rank: int, training: LocalTraining, ranks_differ: bool
 ) -> None:
     """Refuses participants that do not fit each other or the run.
 
     Args:
         participants: the clients.
         rank: of the adapter.
-        steps: most local steps.
+        training: with the most local steps, and the largest batch.
         ranks_differ: whether the rule can have different ranks.
 
     Raises:
-        UserError: none, two of one name, one cloud described in two ways, a rank or a number of
-            steps out of range, different ranks under a rule that cannot have them.
+        UserError: none, two of one name, one cloud described in two ways, a rank, a number of
+            steps or a batch out of range, different ranks under a rule that cannot have them.
     """
     if not participants:
         raise UserError("a run needs at least one cloud; name one in the run file")
@@ -180,11 +210,14 @@ def check_participants(
                 f"the rule takes one rank for all, {name!r} has {own} and the adapter {rank}; "
                 "leave ranks out, or choose a rule with `ranks` in `fedjax-llm rules`"
             )
-        taken = steps if participant.local_steps is None else participant.local_steps
-        if not 1 <= taken <= steps:
-            raise UserError(
-                f"local steps of {name!r} must be between 1 and {steps}, the run's, got {taken}"
-            )
+        for what, found, most in (
+            ("local steps", participant.local_steps, training.steps),
+            ("batch size", participant.batch_size, training.batch_size),
+        ):
+            if found is not None and not 1 <= found <= most:
+                raise UserError(
+                    f"{what} of {name!r} must be between 1 and {most}, the run's, got {found}"
+                )
 
 
 def clouds_of(participants: Sequence[Participant]) -> tuple[tuple[Cloud, ...], tuple[int, ...]]:

@@ -19,7 +19,6 @@ from fedjax_llm.federation.roster import Roster
 from fedjax_llm.federation.wire_sizes import WireSizes
 from fedjax_llm.lora import Adapter
 from fedjax_llm.models import Model, base_shapes
-from fedjax_llm.training import LocalTraining
 
 # A cloud that does not say what it computes with: one NVIDIA A100, whose datasheet gives
 # 312 TFLOP/s in bfloat16 without sparsity. Virtual time must not depend on this machine.
@@ -58,7 +57,6 @@ class Almanac:
     Args:
         schedule: when the server waits for whom.
         roster: the clients.
-        training: what they do.
         sizes: bytes where they are not counted as they are sent.
         codecs: of the messages of each phase.
         hidden: the sums between the clouds, opened or only planned; None on the devices.
@@ -72,7 +70,6 @@ class Almanac:
         self,
         schedule: Schedule,
         roster: Roster,
-        training: LocalTraining,
         sizes: WireSizes,
         codecs: Sequence[Sequence[MessageCodec]],
         hidden: HiddenSums | PlannedSums | None,
@@ -81,7 +78,7 @@ class Almanac:
         length: int,
         seed: int,
     ) -> None:
-        self._schedule, self._roster, self._training = schedule, roster, training
+        self._schedule, self._roster = schedule, roster
         self._sizes, self._codecs, self._hidden = sizes, codecs, hidden
         self._fragments, self._flops, self._length, self._seed = fragments, flops, length, seed
         self._made: Calendar | None = None
@@ -133,8 +130,10 @@ class Almanac:
         for place, cloud in enumerate(self._roster.clouds):
             own = cloud.seeded(self._seed)
             compute = (own.compute or NOMINAL).for_model(self._flops)
-            steps = [int(self._roster.steps_K[k]) for k in self._roster.members(place)]
-            tokens = sum(steps) * self._training.batch_size * self._length
+            members = self._roster.members(place)
+            steps = [int(self._roster.steps_K[k]) for k in members]
+            rows = sum(int(self._roster.steps_K[k] * self._roster.batch_K[k]) for k in members)
+            tokens = rows * self._length
             sizes = []
             for phase, codecs in enumerate(self._codecs):
                 up = plain_PxC[phase][place]

@@ -8,12 +8,12 @@ from fedjax_llm.errors import Refused, UserError
 from .weights import check_weights
 
 if TYPE_CHECKING:
-    from .plan import PrivacyPlan
+    from .mechanism import Mechanism
 
 _TRUSTS = ("local", "central", "distributed")
 
 
-def check(plan: "PrivacyPlan") -> None:
+def check(plan: "Mechanism") -> None:
     """Refuses a plan with a unit that promises what its mechanism does not keep.
 
     Raises:
@@ -23,7 +23,7 @@ def check(plan: "PrivacyPlan") -> None:
     _check_mechanism(plan)
 
 
-def _check_promise(plan: "PrivacyPlan") -> None:
+def _check_promise(plan: "Mechanism") -> None:
     unit, total = plan.unit, sum(plan.units)
     if plan.sampler.kind == "fixed":
         raise Refused(
@@ -67,7 +67,7 @@ def _check_promise(plan: "PrivacyPlan") -> None:
         )
 
 
-def _check_mechanism(plan: "PrivacyPlan") -> None:
+def _check_mechanism(plan: "Mechanism") -> None:
     unit, trust = plan.unit, plan.trust
     if trust not in _TRUSTS:
         raise UserError(f"trust must be one of {', '.join(_TRUSTS)}; got {trust}")
@@ -106,7 +106,7 @@ def _check_mechanism(plan: "PrivacyPlan") -> None:
         raise UserError(f"the budget must be above 0, got {plan.budget:g}")
 
 
-def _check_adaptive(plan: "PrivacyPlan") -> None:
+def _check_adaptive(plan: "Mechanism") -> None:
     assert plan.adaptive is not None
     if plan.adaptive.initial_norm != plan.clip_norm:
         raise UserError(

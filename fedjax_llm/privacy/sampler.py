@@ -1,5 +1,7 @@
 """What a sampler does, as the accountant and the training code each describe it."""
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -59,6 +61,60 @@ class SamplerSpec:
             raise UserError(f"full participation has rate 1, got {self.rates}; use poisson")
         object.__setattr__(self, "rates", tuple(float32_rate(rate) for rate in self.rates))
 
+    @classmethod
+    def for_batches(
+        cls,
+        counts: Sequence[int],
+        expected_batch: float | Sequence[float],
+        steps_per_round: int,
+        period: int,
+        units: str = "units",
+    ) -> "SamplerSpec":
+        """Poisson samples of a mean size; "full" where that is everyone in every cloud.
+
+        Args:
+            counts: units of each cloud, each at least one.
+            expected_batch: mean size of one step's sample, in every cloud or in each.
+            steps_per_round: as the attribute.
+            period: as the attribute.
+            units: what the units are, for an error.
+
+        Raises:
+            UserError: a cloud has fewer units than that in one of its groups; another number of
+                sizes than of clouds; as `SamplerSpec`.
+        """
+        if period < 1:
+            raise UserError(f"the period of sampling must be at least 1, got {period}")
+        alike = not isinstance(expected_batch, Sequence)
+        batches = (
+            list(expected_batch)
+            if isinstance(expected_batch, Sequence)
+            else [expected_batch] * len(counts)
+        )
+        if len(batches) != len(counts):
+            raise UserError(
+                f"{len(counts)} expected batches are needed, one a cloud, got {len(batches)}"
+            )
+        smallest = min(range(len(counts)), key=counts.__getitem__)
+        for cloud in [smallest] if alike else range(len(counts)):
+            most = counts[cloud] / period
+            if not 0 < batches[cloud] <= most:
+                which = "the smallest cloud" if alike else f"cloud {cloud + 1}"
+                among = f" divided by the period {period}" if period > 1 else ""
+                raise UserError(
+                    f"expected batch must be above 0 and at most {most:g}, the {units} of "
+                    f"{which}{among}, got {batches[cloud]:g}: a sampling rate cannot exceed 1"
+                )
+        rates = tuple(
+            min(1.0, batch * period / count) for batch, count in zip(batches, counts, strict=True)
+        )
+        return cls(_kind(rates), rates, steps_per_round, period)
+
+    def scaled(self, factor: float) -> "SamplerSpec":
+        """This sampler with all rates times a factor that leads none above 1."""
+        rates = tuple(rate * factor for rate in self.rates)
+        return dataclasses.replace(self, kind=_kind(rates), rates=rates)
+
     def describe(self) -> str:
         """A few words for statements and errors."""
         turns = f" of one group in {self.period}" if self.period > 1 else ""
@@ -73,3 +129,7 @@ class SamplerSpec:
     def turns(self, steps: int) -> int:
         """In how many of the steps a unit's turn comes, at most."""
         return -(-steps // self.period)
+
+
+def _kind(rates: tuple[float, ...]) -> Kind:
+    return "full" if set(rates) == {1.0} else "poisson"

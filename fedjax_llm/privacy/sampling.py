@@ -65,7 +65,12 @@ def poisson_sample(
 
 
 def uniform_batches(
-    key: jax.Array, population: jax.Array | int, size: int, steps: int, batch: int
+    key: jax.Array,
+    population: jax.Array | int,
+    size: int,
+    steps: int,
+    batch: int,
+    own: jax.Array | None = None,
 ) -> jax.Array:
     """Fixed-size batches that walk through one shuffle of the data. For unit "none" only.
 
@@ -78,9 +83,11 @@ def uniform_batches(
         size: N, the length of the padded arrays.
         steps: S.
         batch: B.
+        own: [] int32, how many of a step's B draws are wanted, at least one and at most B; all if
+            None. Those are the draws that this number alone as `batch` would give.
 
     Returns:
-        indices_SxB int32, each below `population`.
+        indices_SxB int32, each below `population`; 0 in the place of what is not wanted.
 
     Raises:
         UserError: a size is below one.
@@ -93,5 +100,11 @@ def uniform_batches(
     present_N = jnp.arange(size, dtype=jnp.int32) < population
     # Padding sorts last: the sort is stable and padding stands behind every present entry.
     shuffled_N = jnp.argsort(jnp.where(present_N, words_N, jnp.uint32(2**32 - 1)), stable=True)
-    places = jnp.arange(steps * batch, dtype=jnp.int32) % jnp.maximum(population, jnp.int32(1))
-    return shuffled_N.astype(jnp.int32)[places].reshape(steps, batch)
+    members = jnp.maximum(population, jnp.int32(1))
+    if own is None:
+        places = jnp.arange(steps * batch, dtype=jnp.int32) % members
+        return shuffled_N.astype(jnp.int32)[places].reshape(steps, batch)
+    place_B = jnp.arange(batch, dtype=jnp.int32)
+    places_SxB = jnp.arange(steps, dtype=jnp.int32)[:, None] * own + place_B[None]
+    drawn_SxB = shuffled_N.astype(jnp.int32)[places_SxB % members]
+    return jnp.where(place_B[None] < own, drawn_SxB, jnp.int32(0))

@@ -6,7 +6,7 @@ A job calls `on_event(event)` with one of these; it never prints.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from fedjax_llm.runs.metrics import RoundRecord
+from fedjax_llm.runs.folder.metrics import RoundRecord
 
 
 @dataclass(frozen=True)

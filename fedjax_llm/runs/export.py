@@ -7,11 +7,11 @@ from fedjax_llm.errors import UserError
 from fedjax_llm.federation import adapter_of
 from fedjax_llm.lora import Adapter, add_dense, merge, write_peft
 from fedjax_llm.models import Model, dequantised_base, save_model
-from fedjax_llm.runs import build, fingerprint, runfile
-from fedjax_llm.runs.checkpoints import Checkpoints
+from fedjax_llm.runs import build, runfile
 from fedjax_llm.runs.events import Note, OnEvent, ignore
-from fedjax_llm.runs.folder import RunFolder
-from fedjax_llm.runs.runfile import RunFile
+from fedjax_llm.runs.folder import RunFolder, fingerprint
+from fedjax_llm.runs.folder.checkpoints import Checkpoints
+from fedjax_llm.runs.sections.schema import RunFile
 
 
 def export_peft(

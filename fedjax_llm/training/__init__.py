@@ -8,6 +8,7 @@ from fedjax_llm.training.local import Drift as Drift
 from fedjax_llm.training.local import LocalTraining as LocalTraining
 from fedjax_llm.training.local import Trained as Trained
 from fedjax_llm.training.local import client_update as client_update
+from fedjax_llm.training.local import each_row as each_row
 from fedjax_llm.training.optimizers import MOMENTUM as MOMENTUM
 from fedjax_llm.training.optimizers import OPTIMIZERS as OPTIMIZERS
 from fedjax_llm.training.optimizers import optimizer_init as optimizer_init
@@ -24,6 +25,7 @@ __all__ = [
     "NoiseStream",
     "Trained",
     "client_update",
+    "each_row",
     "optimizer_init",
     "optimizer_step",
 ]

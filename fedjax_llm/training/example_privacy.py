@@ -142,9 +142,17 @@ class StepNoise(NamedTuple):
         return privacy.correlation.next(self.first + step, draw, state)
 
     def next_norm(
-        self, step: jax.Array, clip: PyTree, rows: jax.Array, clipped: jax.Array, size: int
+        self,
+        step: jax.Array,
+        clip: PyTree,
+        rows: jax.Array,
+        clipped: jax.Array,
+        size: int | jax.Array,
     ) -> PyTree:
-        """The adaptive clip norm after a step, from the noised count of rows within the last."""
+        """The adaptive clip norm after a step, from the noised count of rows within the last.
+
+        `size` is the client's expected batch, which divides the count; a public number.
+        """
         privacy = self.privacy
         assert privacy is not None
         if privacy.adaptive is None:

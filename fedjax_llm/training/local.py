@@ -1,6 +1,6 @@
 """One client's local update as a pure function of the global adapter, its own state and its keys.
 
-The frozen base model enters through `row_loss`: the caller receives the base as an argument of
+The frozen base model enters through `rows_loss`: the caller receives the base as an argument of
 the compiled program and binds it while tracing, so it is never baked in as a constant.
 
 Notation: S local steps, N rows of the client's table, B rows a step, M rows a micro-batch.
@@ -22,7 +22,12 @@ from fedjax_llm.training.optimizers import optimizer_step
 from fedjax_llm_kernels.lockstep import turns_together
 
 PyTree = Any
-RowLoss = Callable[[PyTree, PyTree], jax.Array]
+RowsLoss = Callable[[PyTree, PyTree], jax.Array]
+
+
+def each_row(row_loss: Callable[[PyTree, PyTree], jax.Array]) -> RowsLoss:
+    """The losses of rows from the loss of one, `(trainable, row) -> loss`."""
+    return jax.vmap(row_loss, in_axes=(None, 0))
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,8 @@ class LocalTraining:
     Attributes:
         optimizer: the client's optax transformation.
         steps: local optimiser steps a round, S; the most where clients take different numbers.
-        batch_size: rows a step, B; the expected number where rows are Poisson-sampled.
+        batch_size: rows a step, B; the expected number where rows are Poisson-sampled; the most
+            where clients take different numbers.
         microbatch: rows whose activations are in memory at once, M.
         privacy: example-level clipping and noise, or None.
         drift: what keeps the clients from drifting apart.
@@ -130,7 +136,7 @@ class Trained(NamedTuple):
 
 
 def client_update(
-    row_loss: RowLoss,
+    rows_loss: RowsLoss,
     training: LocalTraining,
     trainable: PyTree,
     optimizer_state: PyTree,
@@ -140,6 +146,7 @@ def client_update(
     steps: jax.Array | None = None,
     correction: PyTree = (),
     stream: NoiseStream | None = None,
+    batch: jax.Array | None = None,
 ) -> Trained:
     """Trains the adapter on one client's rows for `training.steps` steps.
 
@@ -148,8 +155,16 @@ def client_update(
     one is a public constant, the realised one is not. Without it, rows are shuffled and taken
     `training.batch_size` at a time.
 
+    Formal guarantee: with example privacy, a step releases the sum of gradients of l2 norm at most
+    the step's C of a Poisson sample at `table.rate`, with noise calibrated to C (independent or
+    correlated): neither depends on `batch`, which only divides what is released. The caller answers
+    for `table.rate` being what its accountant takes for this client
+    (`federation.tables.sampler_of`), and for `batch` being public.
+
     Args:
-        row_loss: `(trainable, row) -> loss in nats`, the mean over the row's answer tokens.
+        rows_loss: `(trainable, rows) -> losses in nats`, of each of some rows the mean over its
+            answer tokens. Rows of a step are given together, which makes one matrix product of
+            theirs; where each row's gradient is clipped, one at a time.
         training: steps, batch sizes, optimiser, privacy.
         trainable: the part of the adapter that is trained, float32 leaves.
         optimizer_state: the client's optimiser state after its last round.
@@ -160,7 +175,16 @@ def client_update(
             clients all go on until the last is through, and the others' steps leave no trace.
         correction: like `trainable`, is added to every gradient (`Drift.control`); () for none.
         stream: for correlated noise, and for turns; a run begins in this round if None.
+        batch: int32 scalar, rows a step of this client, at least one and at most
+            `training.batch_size`; all of them if None. Without example privacy the rows of the
+            largest batch are computed for all and masked for this one: to the same gradients as
+            with its own number alone, micro-batches that nobody needs included.
     """
+    size: int | jax.Array = training.batch_size
+    if batch is not None:
+        # Those that fill up a cohort have none, and nothing of theirs may be NaN.
+        batch = jnp.maximum(batch, jnp.int32(1))
+        size = batch.astype(jnp.float32)
     drift = training.drift
     noise = StepNoise.of(training.privacy, training.steps, trainable, noise_key, stream)
 
@@ -168,17 +192,15 @@ def client_update(
         params, state, seen, held, norm = carry
         if training.privacy is None:
             grads, metrics = _plain_gradient(
-                row_loss, training, params, table, step_index, sampling_key
+                rows_loss, training, params, table, step_index, sampling_key, batch
             )
         else:
             total, metrics = _clipped_sum(
-                row_loss, training, params, table, step_index, noise.first, sampling_key, norm
+                rows_loss, training, params, table, step_index, noise.first, sampling_key, norm
             )
             drawn, held = noise.next(step_index, total, held, norm)
-            norm = noise.next_norm(
-                step_index, norm, metrics.rows, metrics.clipped, training.batch_size
-            )
-            grads = jax.tree.map(lambda t, n: (t + n) / training.batch_size, total, drawn)
+            norm = noise.next_norm(step_index, norm, metrics.rows, metrics.clipped, size)
+            grads = jax.tree.map(lambda t, n: (t + n) / size, total, drawn)
         if drift.control:
             seen = jax.tree.map(jnp.add, seen, grads)
             grads = jax.tree.map(jnp.add, grads, correction)
@@ -249,7 +271,7 @@ class _Carry(NamedTuple):
 
 
 def _clipped_sum(
-    row_loss: RowLoss,
+    rows_loss: RowsLoss,
     training: LocalTraining,
     params: PyTree,
     table: ClientTable,
@@ -269,6 +291,10 @@ def _clipped_sum(
         jax.random.fold_in(sampling_key, step_index), table.population, table.rate, size, due_N
     )
     bound = privacy.clip_norm if privacy.adaptive is None else clip.clip_norm
+
+    def row_loss(candidate: PyTree, row: PyTree) -> jax.Array:
+        return rows_loss(candidate, jax.tree.map(lambda leaf: leaf[None], row))[0]
+
     total, stats = poisson_clipped_grad_sum(
         row_loss,
         params,
@@ -283,26 +309,29 @@ def _clipped_sum(
 
 
 def _plain_gradient(
-    row_loss: RowLoss,
+    rows_loss: RowsLoss,
     training: LocalTraining,
     params: PyTree,
     table: ClientTable,
     step_index: jax.Array,
     sampling_key: jax.Array,
+    batch: jax.Array | None,
 ) -> tuple[PyTree, ClientMetrics]:
+    """The mean gradient of a step's rows, `batch` of them; `training.batch_size` if None."""
     size = jax.tree.leaves(table.rows)[0].shape[0]
+    own: int | jax.Array = training.batch_size if batch is None else batch
     # One shuffle serves the round; every step cuts its batch out of the same one.
     indices_SxB = uniform_batches(
-        sampling_key, table.population, size, training.steps, training.batch_size
+        sampling_key, table.population, size, training.steps, training.batch_size, batch
     )
     microbatches = -(-training.batch_size // training.microbatch)
     padding = microbatches * training.microbatch - training.batch_size
     indices_QxM = jnp.pad(indices_SxB[step_index], (0, padding)).reshape(microbatches, -1)
-    present_QxM = (jnp.arange(indices_QxM.size) < training.batch_size).reshape(indices_QxM.shape)
+    present_QxM = (jnp.arange(indices_QxM.size) < own).reshape(indices_QxM.shape)
 
     def loss_sum(candidate: PyTree, indices_M: jax.Array, present_M: jax.Array) -> jax.Array:
         rows = jax.tree.map(lambda leaf: leaf[indices_M], table.rows)
-        loss_M = jax.vmap(row_loss, in_axes=(None, 0))(candidate, rows)
+        loss_M = rows_loss(candidate, rows)
         return jnp.sum(jnp.where(present_M, loss_M, jnp.float32(0)))
 
     def add_microbatch(
@@ -313,5 +342,6 @@ def _plain_gradient(
 
     start = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
     (loss, total), _ = jax.lax.scan(add_microbatch, start, (indices_QxM, present_QxM))
-    mean = jax.tree.map(lambda leaf: leaf / training.batch_size, total)
-    return mean, ClientMetrics(loss, jnp.float32(training.batch_size), jnp.float32(0))
+    rows = jnp.asarray(own, jnp.float32)
+    mean = jax.tree.map(lambda leaf: leaf / rows, total)
+    return mean, ClientMetrics(loss, rows, jnp.float32(0))

@@ -49,15 +49,20 @@ def device_of(array: jax.Array) -> jax.Device:
     return next(iter(array.devices()))
 
 
-def seconds(run: Callable[..., Any], arguments: tuple[Any, ...], repeats: int = 7) -> float:
-    """Median wall time of a call whose results are waited for; it is compiled before."""
+def times(run: Callable[..., Any], arguments: tuple[Any, ...], repeats: int) -> list[float]:
+    """Wall seconds of each call, its results waited for; one before them compiles."""
     jax.block_until_ready(run(*arguments))
-    times = []
+    found = []
     for _ in range(repeats):
         started = time.perf_counter()
         jax.block_until_ready(run(*arguments))
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
+        found.append(time.perf_counter() - started)
+    return found
+
+
+def seconds(run: Callable[..., Any], arguments: tuple[Any, ...], repeats: int = 7) -> float:
+    """Median wall seconds of a call."""
+    return statistics.median(times(run, arguments, repeats))
 
 
 class Choices:

@@ -9,7 +9,7 @@ Letters: K clients, T positions, D inputs, R rank, F outputs.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +55,16 @@ def _blocks(*shape: int, moving: bool) -> pl.BlockSpec:
     return pl.BlockSpec((None, *shape), lambda k, t: (k, t if moving else 0, 0))
 
 
+def _inputs(tile: int, width: int, rank: int, outputs: int) -> list[pl.BlockSpec]:
+    """Where a program finds the scale, x, a and b."""
+    return [
+        _SCALAR,
+        _blocks(tile, width, moving=True),
+        _blocks(width, rank, moving=False),
+        _blocks(rank, outputs, moving=False),
+    ]
+
+
 def tpu_forward(
     x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array, *, interpret: bool
 ) -> jax.Array:
@@ -69,12 +79,7 @@ def tpu_forward(
     found: jax.Array = pl.pallas_call(
         kernel,
         grid=(clients, whole_blocks(positions, tile)),
-        in_specs=[
-            _SCALAR,
-            _blocks(tile, width, moving=True),
-            _blocks(width, rank, moving=False),
-            _blocks(rank, outputs, moving=False),
-        ],
+        in_specs=_inputs(tile, width, rank, outputs),
         out_specs=_blocks(tile, outputs, moving=True),
         out_shape=jax.ShapeDtypeStruct((clients, positions, outputs), x.dtype),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
@@ -124,13 +129,7 @@ def tpu_backward(
     dx, da, db, dscale = pl.pallas_call(
         kernel,
         grid=(clients, whole_blocks(positions, tile)),
-        in_specs=[
-            _SCALAR,
-            _blocks(tile, width, moving=True),
-            _blocks(width, rank, moving=False),
-            _blocks(rank, outputs, moving=False),
-            _blocks(tile, outputs, moving=True),
-        ],
+        in_specs=[*_inputs(tile, width, rank, outputs), _blocks(tile, outputs, moving=True)],
         out_specs=[
             _blocks(tile, width, moving=True),
             _blocks(width, rank, moving=False),
@@ -172,33 +171,16 @@ def gpu_forward(
 ) -> jax.Array:
     """As `tpu_forward`."""
     (clients, positions, width), (_, rank, outputs) = x.shape, b.shape
-    r = _gpu_rank(rank)
 
     def kernel(scale: Any, x: Any, a: Any, b: Any, y: Any) -> None:
-        k, row_T, narrow_R = _place(r)
-        down_TxR = _contract(
-            width,
-            lambda at: _tile(x, k, (row_T, positions), (at[None, :], width)),
-            lambda at: _tile(a, k, (at[:, None], width), (narrow_R, rank)),
-            (_GPU_T, r),
-        )
-        down_TxR = down_TxR.astype(x.dtype) * scale[0]
+        place = _Place.of(positions, rank)
+        down_TxR = _narrowed(place, x, a, width).astype(x.dtype) * scale[0]
+        _widened(place, down_TxR, b, y, outputs)
 
-        def write(step: jax.Array, _: None) -> None:
-            at = _columns(step)[None, :]
-            b_RxC = _tile(b, k, (narrow_R.reshape(r, 1), rank), (at, outputs))
-            y_TxC = _dot(down_TxR, b_RxC, 1, 0).astype(y.dtype)
-            plgpu.store(y.at[k, row_T, at], y_TxC, mask=(row_T < positions) & (at < outputs))
-
-        jax.lax.fori_loop(0, whole_blocks(outputs, _GPU_C), write, None)
-
-    found: jax.Array = pl.pallas_call(
-        kernel,
-        grid=(whole_blocks(positions, _GPU_T), clients),
-        out_shape=jax.ShapeDtypeStruct((clients, positions, outputs), x.dtype),
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
-        interpret=interpret,
-    )(scale.reshape(1), x, a, b)
+    out = jax.ShapeDtypeStruct((clients, positions, outputs), x.dtype)
+    found: jax.Array = _gpu_call(kernel, clients, positions, out, interpret)(
+        scale.reshape(1), x, a, b
+    )
     return found
 
 
@@ -213,43 +195,20 @@ def gpu_backward(
 ) -> tuple[jax.Array, ...]:
     """As `tpu_backward`."""
     (clients, positions, width), (_, rank, outputs) = x.shape, b.shape
-    r = _gpu_rank(rank)
 
     def kernel(scale: Any, x: Any, a: Any, b: Any, dy: Any, dx: Any, down: Any, u: Any) -> None:
-        k, row_T, narrow_R = _place(r)
-        down_TxR = _contract(
-            width,
-            lambda at: _tile(x, k, (row_T, positions), (at[None, :], width)),
-            lambda at: _tile(a, k, (at[:, None], width), (narrow_R, rank)),
-            (_GPU_T, r),
-        )
-        u_TxR = _contract(
-            outputs,
-            lambda at: _tile(dy, k, (row_T, positions), (at[None, :], outputs)),
-            lambda at: _tile(b, k, (narrow_R, rank), (at[:, None], outputs)),
-            (_GPU_T, r),
-        )
-        within = (row_T < positions) & (narrow_R < rank)
-        plgpu.store(down.at[k, row_T, narrow_R], down_TxR.astype(down.dtype), mask=within)
-        plgpu.store(u.at[k, row_T, narrow_R], u_TxR.astype(u.dtype), mask=within)
-        u_TxR = u_TxR.astype(x.dtype) * scale[0]
-
-        def write(step: jax.Array, _: None) -> None:
-            at = _columns(step)[None, :]
-            a_RxC = _tile(a, k, (at, width), (narrow_R.reshape(r, 1), rank))
-            dx_TxC = _dot(u_TxR, a_RxC, 1, 0).astype(dx.dtype)
-            plgpu.store(dx.at[k, row_T, at], dx_TxC, mask=(row_T < positions) & (at < width))
-
-        jax.lax.fori_loop(0, whole_blocks(width, _GPU_C), write, None)
+        place = _Place.of(positions, rank)
+        down_TxR = _narrowed(place, x, a, width)
+        u_TxR = _narrowed(place, dy, b, outputs, transposed=True)
+        place.keep(down, down_TxR)
+        place.keep(u, u_TxR)
+        _widened(place, u_TxR.astype(x.dtype) * scale[0], a, dx, width, transposed=True)
 
     narrow = jax.ShapeDtypeStruct((clients, positions, rank), x.dtype)
-    dx, down_KxTxR, u_KxTxR = pl.pallas_call(
-        kernel,
-        grid=(whole_blocks(positions, _GPU_T), clients),
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype), narrow, narrow],
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
-        interpret=interpret,
-    )(scale.reshape(1), x, a, b, dy)
+    out = [jax.ShapeDtypeStruct(x.shape, x.dtype), narrow, narrow]
+    dx, down_KxTxR, u_KxTxR = _gpu_call(kernel, clients, positions, out, interpret)(
+        scale.reshape(1), x, a, b, dy
+    )
     dscale = u_KxTxR.astype(jnp.float32) * down_KxTxR.astype(jnp.float32)
     sums = [
         jnp.einsum("ktp,ktq->kpq", one, other, preferred_element_type=jnp.float32)
@@ -258,14 +217,76 @@ def gpu_backward(
     return dx, *sums, jnp.sum(dscale)
 
 
-def _gpu_rank(rank: int) -> int:
-    return max(_GPU_R, pl.next_power_of_2(rank))
+def _gpu_call(
+    kernel: Callable[..., None], clients: int, positions: int, out: Any, interpret: bool
+) -> Callable[..., Any]:
+    call: Callable[..., Any] = pl.pallas_call(
+        kernel,
+        grid=(whole_blocks(positions, _GPU_T), clients),
+        out_shape=out,
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
+        interpret=interpret,
+    )
+    return call
 
 
-def _place(rank: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The program's client, its positions [T, 1], and the places along the rank [1, R]."""
-    row_T = pl.program_id(0) * _GPU_T + jnp.arange(_GPU_T, dtype=jnp.int32)
-    return pl.program_id(1), row_T[:, None], jnp.arange(rank, dtype=jnp.int32)[None, :]
+class _Place(NamedTuple):
+    """Where a program of the GPU forms works.
+
+    Attributes:
+      k: its client.
+      rows: its positions [T, 1], and how many there are in all.
+      ranks: the places along the rank [1, R], and the rank.
+    """
+
+    k: jax.Array
+    rows: tuple[jax.Array, int]
+    ranks: tuple[jax.Array, int]
+
+    @classmethod
+    def of(cls, positions: int, rank: int) -> "_Place":
+        row_T = pl.program_id(0) * _GPU_T + jnp.arange(_GPU_T, dtype=jnp.int32)
+        narrow_R = jnp.arange(max(_GPU_R, pl.next_power_of_2(rank)), dtype=jnp.int32)
+        return cls(pl.program_id(1), (row_T[:, None], positions), (narrow_R[None, :], rank))
+
+    def keep(self, ref: Any, narrow_TxR: jax.Array) -> None:
+        """Writes what is as wide as the rank."""
+        _store(ref, self.k, self.rows, self.ranks, narrow_TxR)
+
+
+def _narrowed(
+    place: _Place, wide: Any, matrix: Any, size: int, transposed: bool = False
+) -> jax.Array:
+    """Rows [T, size] times the client's matrix [size, R], or [R, size] transposed, in float32.
+
+    Tile by tile of the axis that is summed over.
+    """
+    k, rows, ranks = place
+
+    def add(step: jax.Array, total_TxR: jax.Array) -> jax.Array:
+        at = _columns(step)
+        wide_TxC, along = _tile(wide, k, rows, (at[None, :], size)), (at[:, None], size)
+        places = (ranks, along) if transposed else (along, ranks)
+        return total_TxR + _dot(wide_TxC, _tile(matrix, k, *places), 1, 0)
+
+    start = jnp.zeros((_GPU_T, ranks[0].size), jnp.float32)
+    total: jax.Array = jax.lax.fori_loop(0, whole_blocks(size, _GPU_C), add, start)
+    return total
+
+
+def _widened(
+    place: _Place, narrow_TxR: jax.Array, matrix: Any, out: Any, size: int, transposed: bool = False
+) -> None:
+    """Writes rows [T, R] times the client's matrix [R, size], or [size, R] transposed."""
+    k, rows, (narrow_R, rank) = place
+    ranks = (narrow_R.reshape(-1, 1), rank)
+
+    def write(step: jax.Array, _: None) -> None:
+        across = (_columns(step)[None, :], size)
+        places = (across, ranks) if transposed else (ranks, across)
+        _store(out, k, rows, across, _dot(narrow_TxR, _tile(matrix, k, *places), 1, 0))
+
+    jax.lax.fori_loop(0, whole_blocks(size, _GPU_C), write, None)
 
 
 def _columns(step: jax.Array) -> jax.Array:
@@ -282,21 +303,17 @@ def _tile(
     return tile
 
 
-def _contract(
-    size: int,
-    left: Callable[[jax.Array], jax.Array],
-    right: Callable[[jax.Array], jax.Array],
-    shape: tuple[int, int],
-) -> jax.Array:
-    """The product of two matrices, tile by tile of the axis that is summed over, in float32."""
-
-    def add(step: jax.Array, total: jax.Array) -> jax.Array:
-        at = _columns(step)
-        return total + _dot(left(at), right(at), 1, 0)
-
-    start = jnp.zeros(shape, jnp.float32)
-    total: jax.Array = jax.lax.fori_loop(0, whole_blocks(size, _GPU_C), add, start)
-    return total
+def _store(
+    ref: Any,
+    k: jax.Array,
+    first: tuple[jax.Array, int],
+    second: tuple[jax.Array, int],
+    tile: jax.Array,
+) -> None:
+    """Writes entries of one client within the limits."""
+    (row, rows), (column, columns) = first, second
+    within = (row < rows) & (column < columns)
+    plgpu.store(ref.at[k, row, column], tile.astype(ref.dtype), mask=within)
 
 
 def _dot(one: jax.Array, other: jax.Array, axis: int, other_axis: int) -> jax.Array:

@@ -15,7 +15,7 @@ from fedjax_llm.aggregation.part import Part, pick, put
 from fedjax_llm.federation.objective import row_loss
 from fedjax_llm.lora import Adapter, LoraConfig, LowRank, init_adapter
 from fedjax_llm.models import Batch, Model, load_model
-from fedjax_llm.training import ClientTable, LocalTraining, client_update, optimizer_init
+from fedjax_llm.training import ClientTable, LocalTraining, client_update, each_row, optimizer_init
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +50,7 @@ class Subject:
         done = jax.jit(
             lambda base, part, rows, key: (
                 client_update(
-                    partial(self.row_loss, base),
+                    each_row(partial(self.row_loss, base)),
                     training,
                     part,
                     optimizer_init(training.optimizer, part),

@@ -42,6 +42,7 @@ def counted(trained: str) -> float:
     return cost["flops"] / TOKENS
 
 
+@pytest.mark.optimised
 def test_operations_are_those_that_the_compiler_counts():
     matrices, adapter = LAYERS * WIDTH**2, LAYERS * 2 * WIDTH * RANK
     assert training_flops(matrices) == pytest.approx(counted("all"), rel=0.02)

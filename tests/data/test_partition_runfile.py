@@ -11,7 +11,9 @@ from fedjax_llm import cli
 from fedjax_llm.data import Corpus, group_key
 from fedjax_llm.data.partition import KEYS, Granularity
 from fedjax_llm.errors import Refused, UserError
-from fedjax_llm.runs import partition_report, runfile, runfile_partition
+from fedjax_llm.runs import runfile
+from fedjax_llm.runs.preview import partition_report
+from fedjax_llm.runs.sections import partition as section
 
 HEAD = """\
 name = "divided"
@@ -158,8 +160,8 @@ def test_the_resolved_file_is_the_same_file(file: Path, tmp_path: Path) -> None:
 
 
 def test_the_names_are_those_of_the_package() -> None:
-    assert get_args(runfile_partition.Key) == KEYS
-    assert get_args(runfile_partition.Granularity) == get_args(Granularity)
+    assert get_args(section.Key) == KEYS
+    assert get_args(section.Granularity) == get_args(Granularity)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from fedjax_llm.runs import distributed
+from fedjax_llm.runs.processes import distributed
 
 world = distributed.join(patience=120.0)
 

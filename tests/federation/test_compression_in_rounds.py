@@ -60,6 +60,7 @@ def same(one: FederationState, other: FederationState) -> bool:
     return all(np.array_equal(a, b) for a, b in leaves)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("compression", drilled("power-sgd"))
 def test_plain_and_encrypted_end_in_the_same_bytes(federate, compression):
     plain, _ = run(federate(compression=compression, value_bits=12))
@@ -67,6 +68,7 @@ def test_plain_and_encrypted_end_in_the_same_bytes(federate, compression):
     assert same(plain, hidden)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("compression", drilled("top-mask"))
 def test_one_device_and_two_end_in_the_same_bytes(federate, compression):
     one, two = (

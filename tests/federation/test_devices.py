@@ -21,8 +21,8 @@ from fedjax_llm.federation import CohortLayout, Federation
 from fedjax_llm.federation.mesh import MeshShape
 from fedjax_llm.models import Model
 from fedjax_llm.models.spread import Spread
-from fedjax_llm.runs import launching
-from fedjax_llm.runs.launch_places import Place
+from fedjax_llm.runs.processes import launching
+from fedjax_llm.runs.processes.launch_places import Place
 
 WORKER = Path(__file__).with_name("mesh_worker.py")
 
@@ -79,6 +79,7 @@ def test_shapes_of_shards(
     assert [shard.data.shape for shard in rows.addressable_shards] == [(own,), (own,)]
 
 
+@pytest.mark.optimised
 def test_weights_that_are_cut_give_the_same_bytes(federate: Callable[..., Federation]) -> None:
     """With Poisson samples, by which clients take different numbers of turns in every step."""
     whole = _trained(federate("example", devices=jax.devices()[:1]))

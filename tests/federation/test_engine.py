@@ -88,6 +88,7 @@ def test_other_failures_of_a_device_are_not_taken_for_memory(
     assert federation.clients_at_once == 2
 
 
+@pytest.mark.optimised
 def test_as_many_clients_run_at_once_as_fit_by_the_compiled_programs(federate: Build) -> None:
     federation = federate(clients_at_once=1, devices=jax.devices()[:1])
     engine, state = federation._engine, federation.init()
@@ -99,6 +100,7 @@ def test_as_many_clients_run_at_once_as_fit_by_the_compiled_programs(federate: B
         engine.fitted(state, one, True)
 
 
+@pytest.mark.optimised
 def test_a_donated_state_ends_in_the_same_bytes(federate: Build) -> None:
     kept, given = federate(), federate()
     expected, _ = kept.run_round(kept.init())

@@ -43,6 +43,7 @@ def same_bytes(one: Any, other: Any) -> bool:
     return all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in leaves)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("unit", ["none", "example", "client"])
 def test_one_device_and_two_give_the_same_bytes(federate: Build, unit: str) -> None:
     devices = jax.devices()
@@ -52,6 +53,7 @@ def test_one_device_and_two_give_the_same_bytes(federate: Build, unit: str) -> N
     assert same_bytes(one, two)
 
 
+@pytest.mark.optimised
 def test_the_size_of_a_group_changes_rounding_only(federate: Build) -> None:
     """Batching clients is an arrangement of the same arithmetic."""
     alone = run(federate("example", clients_at_once=1))
@@ -70,6 +72,7 @@ def plain_bytes(federate: Build) -> Callable[[str], FederationState]:
     return functools.cache(lambda unit: run(federate(unit, sum_mode=Plain())))
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("mode", HIDDEN, ids=mode_name)
 @pytest.mark.parametrize("unit", ["none", "example", "client"])
 def test_every_sum_gives_the_same_bytes(

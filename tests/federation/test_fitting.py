@@ -48,6 +48,7 @@ def test_few_programs_are_compiled() -> None:
     assert tried == [1, 2, 512]
 
 
+@pytest.mark.optimised
 def test_bytes_are_those_of_the_compiled_program() -> None:
     """A sort needs its input, its output and something beside them."""
     size = 4 * 1000

@@ -88,6 +88,7 @@ def test_what_is_spread_comes_back(group: int, devices: int) -> None:
         np.testing.assert_array_equal(back[name], own[name])
 
 
+@pytest.mark.optimised
 def test_memory_of_growing_sums_does_not_follow_the_clients() -> None:
     """The compiled program's scratch memory; messages of all clients would be 64 times as large."""
 

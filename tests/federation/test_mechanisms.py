@@ -113,7 +113,15 @@ def test_the_servers_noise_hangs_together(
         np.testing.assert_allclose(np.sort(moved), np.sort(expected / 3), atol=1e-6)
 
 
-@each_correlation
+# Buffered noise keeps the most; the others' state goes the same way.
+@pytest.mark.parametrize(
+    "correlation",
+    [
+        pytest.param(CORRELATED[0], id="lambda-cgd", marks=pytest.mark.drill),
+        pytest.param(CORRELATED[1], id="banded", marks=pytest.mark.drill),
+        pytest.param(CORRELATED[2], id="buffered"),
+    ],
+)
 def test_a_run_with_correlated_noise_is_taken_up_where_it_stopped(
     federate: Build, correlation: Callable[[int], Correlation]
 ) -> None:

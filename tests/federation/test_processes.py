@@ -5,10 +5,11 @@ import textwrap
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from fedjax_llm.federation import processes
-from fedjax_llm.runs import launching
-from fedjax_llm.runs.launch_places import Place
+from fedjax_llm.runs.processes import launching
+from fedjax_llm.runs.processes.launch_places import Place
 
 
 def test_alone_nothing_happens() -> None:
@@ -21,13 +22,13 @@ def test_alone_nothing_happens() -> None:
 
 SCRIPT = """
 import sys
-from fedjax_llm.runs import distributed
+from fedjax_llm.runs.processes import distributed
 world = distributed.join(patience=60.0)
 import jax, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from fedjax_llm.errors import UserError
 from fedjax_llm.federation import processes
-from fedjax_llm.runs import orders
+from fedjax_llm.runs.job import orders
 
 first = world.leads
 assert processes.several() and processes.leads() == first
@@ -71,6 +72,7 @@ for identity, rounds in (("1" if first else "2", 1), ("1", 1 if first else 2)):
 """
 
 
+@pytest.mark.optimised
 def test_the_first_process_is_heard_to_the_bit() -> None:
     said: list[str] = []
     ended = launching.launch(

@@ -112,6 +112,7 @@ def test_one_fragment_of_fresh_replicas_is_a_synchronous_round(build, federate):
         np.testing.assert_allclose(values, part(plain)[name], rtol=0, atol=2e-6)
 
 
+@pytest.mark.optimised
 def test_a_buffer_of_all_is_a_synchronous_round(build, federate):
     state, _ = run(build(FedBuff(3)))
     plain, _ = run(federate())
@@ -185,6 +186,7 @@ def test_buffered_messages_are_those_of_their_versions(build):
         np.testing.assert_allclose(values, part(versions[-1])[name], rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("schedule", drilled("Decoupled"))
 def test_plain_and_encrypted_end_in_the_same_bytes(build, schedule, make_participants):
     # Encrypted messages are longer: over links that feel it they would land elsewhere.
@@ -197,6 +199,7 @@ def test_plain_and_encrypted_end_in_the_same_bytes(build, schedule, make_partici
         assert sum(cloud.uplink_bytes > 0 for cloud in report.clouds.values()) >= 2, number
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("schedule", drilled("Streaming(fragments=3"))
 def test_one_device_and_two_end_in_the_same_bytes(build, schedule):
     one, _ = run(build(schedule, devices=jax.devices()[:1]), 3)

@@ -52,6 +52,7 @@ def public_rows(make_participants: Callable[..., list[Participant]]) -> Batch:
     return jax.tree.map(lambda leaf: leaf[:7], make_participants()[0].evaluation)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("hidden", [Threshold(2), Masked()])
 def test_a_selective_sum_gives_the_bytes_of_a_plain_one(
     federate: Build, queries: Selection, hidden: Any

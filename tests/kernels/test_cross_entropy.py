@@ -72,6 +72,7 @@ def test_bfloat16_is_accumulated_in_float32():
     assert got.dtype == jnp.bfloat16
 
 
+@pytest.mark.optimised
 def test_logits_of_all_words_are_never_held():
     rows, width, vocabulary, chunk = 64, 16, 8192, 256
     hidden, unembed, targets = problem(rows, width, vocabulary, seed=3)

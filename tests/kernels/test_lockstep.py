@@ -26,6 +26,7 @@ def on_two(function: Callable[..., Any], axis: str = DATA) -> Callable[..., Any]
     )
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("turns", [(0, 3), (4, 1), (2, 2), (0, 0)])
 def test_a_loop_ends_for_each_as_it_would_alone(turns: tuple[int, int]) -> None:
     weights_2xD = np.array([[1.0, 2.0], [3.0, 5.0]], np.float32)

@@ -28,6 +28,7 @@ def arguments(ring, elements):
     return jnp.asarray(values), jnp.asarray(a_hat), secret_hat, jnp.asarray(noise)
 
 
+@pytest.mark.optimised
 def test_pallas_is_xla_bit_for_bit():
     ring, elements = SMALL, 9  # a whole block of eight and one that is filled up
     values, a_hat, secret_hat, noise = arguments(ring, elements)

@@ -12,6 +12,8 @@ import pytest
 from fedjax_llm.lora import merge, read_peft
 from fedjax_llm.models import Batch, Model, apply, generate, load_model, target_nll
 
+pytestmark = pytest.mark.optimised
+
 logits_of = partial(jax.jit, static_argnums=0)(apply)
 
 

@@ -164,6 +164,7 @@ def total(config: DecoderConfig, base, adapter, batch: Batch, **options) -> jax.
     return jnp.sum(loss(config, base, adapter, batch, **options)[0])
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize(("kind", "remat"), [drilled("int8", False), ("nf4-double", True)])
 def test_loss_and_gradient_are_those_of_the_float_model_to_the_bit(kind, remat):
     base = quantised_base(init_base(CONFIG, jax.random.key(0)), kind)
@@ -210,6 +211,7 @@ def test_one_layer_at_a_time_is_in_floats(kind, remat):
     assert 64 * 128 * 4 <= float_bytes_made(made) < 12 * 64 * 64 * 4
 
 
+@pytest.mark.optimised
 def test_the_compiled_step_keeps_no_float_layers_either():
     base = quantised_base(init_base(DEEP, jax.random.key(0)), "nf4")
     adapter = init_adapter(DEEP, LoraConfig(1, 1.0, ("q_proj",)), jax.random.key(1))

@@ -133,6 +133,7 @@ def placed(base: Any, mesh: Mesh) -> Any:
     return spread(there, specs)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("kind", [None, "int8", "nf4", "nf4-double"])
 def test_gathered_parts_are_the_whole_to_the_bit(kind: Kind | None) -> None:
     base = init_base(CONFIG, jax.random.key(0))
@@ -166,6 +167,7 @@ def test_gathered_parts_are_the_whole_to_the_bit(kind: Kind | None) -> None:
         jax.tree.map(np.testing.assert_array_equal, found, base)
 
 
+@pytest.mark.optimised
 def test_each_device_trains_on_its_own_rows() -> None:
     """Loss and gradient of two devices that share the weights are those of each by itself."""
     base = init_base(CONFIG, jax.random.key(0))

@@ -1,9 +1,10 @@
 """Real jobs on the smallest real model, through the command line, with compiled programs kept."""
 
+import functools
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from fedjax_llm import cli
-from fedjax_llm.runs import metrics
-from fedjax_llm.runs.checkpoints import Checkpoints
+from fedjax_llm.runs.folder import metrics
+from fedjax_llm.runs.folder.checkpoints import Checkpoints
 
 # Unit client: its noise and its accountant are quick, and the clouds keep optimiser state, which
 # has to survive in checkpoints. The vocabulary of 512 makes long texts, hence 96 tokens.
@@ -155,13 +156,24 @@ def jobs(job_files: Jobs) -> Iterator[Jobs]:
 
 
 @pytest.fixture(scope="session")
-def never_killed(job_files: Jobs) -> Path:
+def ended_well(job_files: Jobs) -> Callable[[str], Path]:
+    """The folder of the run file's job by how its programs are compiled."""
+
+    @functools.cache
+    def of(setting: str) -> Path:
+        # Other jobs of the session may have compiled the same programs before.
+        for program in ("jit__train", "jit__apply"):
+            for name in job_files.compiled(program):
+                (job_files.cache / name).unlink()
+        folder = job_files.run_file.parent / f"never killed {setting}"
+        job_files.command("run", job_files.run_file, "--out", folder)
+        assert job_files.compiled("jit__train")
+        return folder
+
+    return of
+
+
+@pytest.fixture
+def never_killed(ended_well: Callable[[str], Path]) -> Path:
     """The folder of the run file's job, freshly compiled and run to its end. Only to be read."""
-    # Other jobs of the session may have compiled the same programs before.
-    for program in ("jit__train", "jit__apply"):
-        for name in job_files.compiled(program):
-            (job_files.cache / name).unlink()
-    folder = job_files.run_file.parent / "never killed"
-    job_files.command("run", job_files.run_file, "--out", folder)
-    assert job_files.compiled("jit__train")
-    return folder
+    return ended_well(os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"])

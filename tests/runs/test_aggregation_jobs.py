@@ -11,7 +11,8 @@ import pytest
 from fedjax_llm.aggregation import RULES, SERVER_OPTIMIZERS, NormalisedMean
 from fedjax_llm.aggregation.robust import COMBINES
 from fedjax_llm.errors import Refused, UserError
-from fedjax_llm.runs import build, fingerprint, metrics, runfile
+from fedjax_llm.runs import build, runfile
+from fedjax_llm.runs.folder import fingerprint, metrics
 
 Jobs = Any
 ONE_ROUND = (
@@ -305,8 +306,7 @@ def test_a_round_that_began_to_open_a_sum_opens_no_other(tmp_path: Path) -> None
     """Over other clouds the two totals would differ by one update; of other integers by something
     that no noise covers; over the same of the same they are equal."""
     from fedjax_llm.federation import ToOpen
-    from fedjax_llm.runs import opened
-    from fedjax_llm.runs.folder import RunFolder
+    from fedjax_llm.runs.folder import RunFolder, opened
 
     def record(
         folder: RunFolder, number: int, clouds: str, digest: str = "0", place: int = 0

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from fedjax_llm.errors import Refused, UserError
-from fedjax_llm.runs.checkpoints import Checkpoints
+from fedjax_llm.runs.folder.checkpoints import Checkpoints
 
 # Defined in conftest.py, from which nothing can be imported.
 Jobs = Any

@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fedjax_llm.errors import UserError
-from fedjax_llm.runs.checkpoints import Checkpoints
+from fedjax_llm.runs.folder.checkpoints import Checkpoints
 
 TREE = {
     "a": np.array([[0.1, np.nan, -0.0], [np.inf, 1e-45, -3]], np.float32),
@@ -118,7 +118,7 @@ def test_keep_must_be_positive(tmp_path: Path) -> None:
 SAVE_FOREVER = """
 import sys, itertools, numpy as np
 from pathlib import Path
-from fedjax_llm.runs.checkpoints import Checkpoints
+from fedjax_llm.runs.folder.checkpoints import Checkpoints
 checkpoints = Checkpoints(Path(sys.argv[1]))
 found = checkpoints.latest()
 for round in itertools.count(0 if found is None else found.round + 1):
@@ -160,7 +160,7 @@ FULL_DISK = """
 import sys, resource, numpy as np
 from pathlib import Path
 from fedjax_llm.errors import UserError
-from fedjax_llm.runs.checkpoints import Checkpoints
+from fedjax_llm.runs.folder.checkpoints import Checkpoints
 checkpoints = Checkpoints(Path(sys.argv[1]))
 checkpoints.save(1, {"x": np.arange(100_000.0)})
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))

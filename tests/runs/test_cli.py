@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from fedjax_llm.errors import Refused, UserError
-from fedjax_llm.runs import events, progress
+from fedjax_llm.runs import events
 from fedjax_llm.runs.folder import RunFolder
+from fedjax_llm.runs.report import progress
 
 GOOD = """\
 name = "x"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fedjax_llm.errors import UserError
-from fedjax_llm.runs import fingerprint
+from fedjax_llm.runs.folder import fingerprint
 from fedjax_llm.runs.runfile import RunFile
 
 FOLDER = Path("runs/three")

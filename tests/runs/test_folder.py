@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from fedjax_llm.errors import UserError
-from fedjax_llm.runs import disk
-from fedjax_llm.runs.folder import RunFolder
+from fedjax_llm.runs.folder import RunFolder, disk
 
 
 def listing(path: Path) -> dict[str, bytes]:

@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 
 from fedjax_llm.errors import UserError
-from fedjax_llm.runs import job, summary
-from fedjax_llm.runs.checkpoints import Checkpoints
+from fedjax_llm.runs import job
+from fedjax_llm.runs.folder import summary
+from fedjax_llm.runs.folder.checkpoints import Checkpoints
 
 # Defined in conftest.py, from which nothing can be imported.
 Jobs = Any
@@ -98,22 +99,23 @@ def test_programs_from_the_cache_give_the_bytes_of_fresh_ones(
 DIE = """
 import os, signal
 from pathlib import Path
-from fedjax_llm.runs import job
+from fedjax_llm.runs import report
+from fedjax_llm.runs.folder import metrics
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 """
-DIE_BEFORE_THE_LINE = f"{DIE}\njob.metrics.append = die"
+DIE_BEFORE_THE_LINE = f"{DIE}\nmetrics.append = die"
 DIE_WITHIN_THE_LINE = f"""{DIE}
-whole = job.metrics.append
+whole = metrics.append
 def append(path, record):
     if record["round"] == 0:
         return whole(path, record)  # the line that the process before did not come to write
     with path.open("ab") as file:
         file.write(b'{{"round": 1, "loss_eval')
     die()
-job.metrics.append = append
+metrics.append = append
 """
-DIE_BEFORE_THE_REPORT = f"{DIE}\njob.report.write = die"
+DIE_BEFORE_THE_REPORT = f"{DIE}\nreport.write = die"
 
 
 @pytest.mark.slow
@@ -199,7 +201,7 @@ def test_a_full_disk_costs_no_round(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    from fedjax_llm.runs import disk
+    from fedjax_llm.runs.folder import disk
 
     out, room = tmp_path / "out", disk.reserve
 

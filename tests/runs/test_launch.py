@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from jax._src import clusters
 
 from fedjax_llm.errors import UserError
-from fedjax_llm.runs import cluster, distributed, launch_places, launching
-from fedjax_llm.runs.launch_places import Place
+from fedjax_llm.runs.processes import cluster, distributed, launch_places, launching
+from fedjax_llm.runs.processes.launch_places import Place
 
 SLURM = {
     "SLURM_JOB_ID": "77",
@@ -203,7 +203,7 @@ def test_processes_that_join_sum_over_both(capfd: pytest.CaptureFixture[str]) ->
     ended, said = run(
         """
         import sys
-        from fedjax_llm.runs import distributed
+        from fedjax_llm.runs.processes import distributed
         world = distributed.join(patience=60)
         import jax
         import jax.numpy as jnp
@@ -304,11 +304,11 @@ def test_cores_are_bound(capfd: pytest.CaptureFixture[str]) -> None:
 
 LAUNCHER = """
 import sys
-from fedjax_llm.runs import distributed, launching
-from fedjax_llm.runs.launch_places import Place
+from fedjax_llm.runs.processes import distributed, launching
+from fedjax_llm.runs.processes.launch_places import Place
 code = '''
 import os, sys, time
-from fedjax_llm.runs import distributed
+from fedjax_llm.runs.processes import distributed
 distributed.end_with_starter(int(os.environ[distributed.LIFELINE]))
 print(os.getpid(), flush=True, file=sys.stderr)
 time.sleep(60)
@@ -337,7 +337,7 @@ def test_when_the_launcher_ends_all_do(number: int) -> None:
 
 def test_one_that_waits_in_vain_says_so() -> None:
     done = subprocess.run(
-        script("from fedjax_llm.runs import distributed; distributed.join(patience=1.0)"),
+        script("from fedjax_llm.runs.processes import distributed; distributed.join(patience=1.0)"),
         env=os.environ | STATED | {cluster.ADDRESS: "127.0.0.1:9"},
         capture_output=True,
         text=True,

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedjax_llm.errors import UserError
-from fedjax_llm.runs import metrics, summary
-from fedjax_llm.runs.metrics import CloudRecord, RoundRecord
-from fedjax_llm.runs.tensorboard import TensorBoard
+from fedjax_llm.runs.folder import metrics, summary
+from fedjax_llm.runs.folder.metrics import CloudRecord, RoundRecord
+from fedjax_llm.runs.folder.tensorboard import TensorBoard
 
 
 def rounds(last: int) -> list[RoundRecord]:

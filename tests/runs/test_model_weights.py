@@ -12,7 +12,8 @@ from fedjax_llm.errors import UserError
 from fedjax_llm.models import apply, base_bytes, dequantised_base, load_model
 from fedjax_llm.models.quantised import Int8, Quantised
 from fedjax_llm.models.quantised_nf4 import NF4, Scales8
-from fedjax_llm.runs import build, fingerprint, runfile
+from fedjax_llm.runs import build, runfile
+from fedjax_llm.runs.folder import fingerprint
 
 
 def model(file: Path, *overrides: str):

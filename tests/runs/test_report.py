@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from fedjax_llm.errors import UserError
-from fedjax_llm.runs import compare, metrics, report, summary
-from fedjax_llm.runs.folder import RunFolder
-from fedjax_llm.runs.metrics import CloudRecord, RoundRecord
+from fedjax_llm.runs import report
+from fedjax_llm.runs.folder import RunFolder, metrics, summary
+from fedjax_llm.runs.folder.metrics import CloudRecord, RoundRecord
+from fedjax_llm.runs.report import compare
 
 EVIL = '<script>alert("x")</script>'
 RUN_TOML = """\

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from fedjax_llm.aggregation import RULES
 from fedjax_llm.errors import FedJaxError, Refused, UserError
-from fedjax_llm.runs import runfile, runfile_schema, toml_errors
+from fedjax_llm.runs import runfile
+from fedjax_llm.runs.sections import clouds, toml_errors, training
 
 GOOD = """\
 name = "three"
@@ -456,17 +457,15 @@ def test_override_messages(tmp_path: Path, override: str, expected: str) -> None
 
 
 def test_objects_are_frozen_and_checked_from_python_too() -> None:
-    cloud = runfile_schema.Cloud(
-        name="a", data=runfile_schema.DataSection(sources=("builtin:medical",))
-    )
+    cloud = clouds.Cloud(name="a", data=clouds.DataSection(sources=("builtin:medical",)))
     run_file = runfile.RunFile(
-        name="x", rounds=1, model=runfile_schema.ModelSection(name="m"), clouds=(cloud,)
+        name="x", rounds=1, model=training.ModelSection(name="m"), clouds=(cloud,)
     )
     with pytest.raises(ValueError, match="frozen"):
         run_file.rounds = 2  # type: ignore[misc]
     with pytest.raises(ValueError, match="unique among the clouds"):
         runfile.RunFile(
-            name="x", rounds=1, model=runfile_schema.ModelSection(name="m"), clouds=(cloud, cloud)
+            name="x", rounds=1, model=training.ModelSection(name="m"), clouds=(cloud, cloud)
         )
 
 

@@ -8,7 +8,8 @@ from fedjax_llm import cli
 from fedjax_llm.clouds import Always, Cloud, Failures, Rate, Trace, training_flops
 from fedjax_llm.errors import FedJaxError
 from fedjax_llm.models import DecoderConfig
-from fedjax_llm.runs import cloud_profiles, runfile
+from fedjax_llm.runs import runfile
+from fedjax_llm.runs.build import cloud_profiles
 
 HEAD = """\
 name = "q"

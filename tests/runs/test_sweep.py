@@ -17,8 +17,8 @@ from rich.console import Console
 
 from fedjax_llm import cli
 from fedjax_llm.errors import UserError
-from fedjax_llm.runs import summary
 from fedjax_llm.runs import sweep as sweeps
+from fedjax_llm.runs.folder import summary
 from fedjax_llm.runs.sweep import drawing, figures, grid, page, process, running, watching
 from fedjax_llm.runs.sweep.figures import Figures
 

@@ -7,8 +7,16 @@ from pathlib import Path
 import pytest
 
 from fedjax_llm.clouds.schedules import Decoupled, Synchronous
-from fedjax_llm.runs import forecast_file, metrics, report, summary, timeline_file, virtual
-from fedjax_llm.runs.timeline_card import (
+from fedjax_llm.runs import report
+from fedjax_llm.runs.folder import (
+    RunFolder,
+    forecast_file,
+    metrics,
+    summary,
+    timeline_file,
+    virtual,
+)
+from fedjax_llm.runs.report.timeline_card import (
     COLOURS,
     MOST_CLOUDS,
     MOST_INTERVALS,
@@ -125,7 +133,7 @@ def _renamed(found: dict) -> dict:
 
 
 def test_the_report_shows_time_and_money(planned: Path):
-    html = report.write(report.RunFolder.open(planned)).read_text()
+    html = report.write(RunFolder.open(planned)).read_text()
     assert "script" not in parsed(html).tags and "&lt;script&gt;" in html
     for heading in ("Timeline", "Money"):
         assert f"<h2>{heading}</h2>" in html
@@ -143,5 +151,5 @@ def test_the_report_shows_time_and_money(planned: Path):
 
 def test_a_run_that_has_not_ended_shows_its_plan(planned: Path):
     (planned / "summary.json").unlink()
-    html = report.render(report.RunFolder.open(planned))
+    html = report.render(RunFolder.open(planned))
     assert "which has not ended" in html and "<h2>Money</h2>" not in html

@@ -12,8 +12,7 @@ from fedjax_llm.clouds.schedules import Decoupled, Schedule, Streaming, Synchron
 from fedjax_llm.clouds.site import Site, Size
 from fedjax_llm.errors import UserError
 from fedjax_llm.federation.calendar import Calendar
-from fedjax_llm.runs import metrics, summary, timeline_file, virtual
-from fedjax_llm.runs.folder import RunFolder
+from fedjax_llm.runs.folder import RunFolder, metrics, summary, timeline_file, virtual
 
 SCHEDULES = [Synchronous(), Streaming(2, overlap=True), Decoupled(2, 2)]
 PRICES = Prices(3600.0, internet=Egress((50.0,)))

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from fedjax_llm.runs import cloud_profiles
+from fedjax_llm.runs.build import cloud_profiles
 
 from .test_runfile_clouds import load, message, profile
 

@@ -13,6 +13,7 @@ from fedjax_llm.training import (
     ExamplePrivacy,
     LocalTraining,
     client_update,
+    each_row,
     optimizer_init,
 )
 
@@ -45,7 +46,7 @@ def updates(
 
     def one(key: jax.Array) -> tuple[jax.Array, ClientMetrics]:
         sampling, noise = jax.random.split(key)
-        done = client_update(row_loss, training, params, state, table, sampling, noise)
+        done = client_update(each_row(row_loss), training, params, state, table, sampling, noise)
         return done.trainable["w"], done.metrics
 
     after, metrics = jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(0), seeds))
@@ -126,7 +127,7 @@ def test_a_client_that_stops_early_ends_as_one_with_fewer_steps(private: bool) -
 
         def one(own: jax.Array | None) -> tuple[jax.Array, ClientMetrics]:
             keys = jax.random.key(1), jax.random.key(2)
-            done = client_update(row_loss, training, params, state, table, *keys, own)
+            done = client_update(each_row(row_loss), training, params, state, table, *keys, own)
             return done.trainable["w"], done.metrics
 
         if taken is None:

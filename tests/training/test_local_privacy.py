@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from fedjax_llm.training import ClientTable, ExamplePrivacy, LocalTraining, client_update
+from fedjax_llm.training import ClientTable, ExamplePrivacy, LocalTraining, client_update, each_row
 
 SIZE, CLIP, BATCH = 16, 0.25, 4
 
@@ -25,7 +25,7 @@ def updated(rows: np.ndarray, population: int, rate: float, steps: int = 1) -> d
     state = training.optimizer.init(jax.flatten_util.ravel_pytree(params)[0])
     done = jax.jit(
         lambda p, s, t: client_update(
-            row_loss, training, p, s, t, jax.random.key(1), jax.random.key(2)
+            each_row(row_loss), training, p, s, t, jax.random.key(1), jax.random.key(2)
         )
     )(params, state, table)
     return jax.tree.map(np.asarray, done.trainable)

@@ -60,11 +60,21 @@ class Way:
         )
 
 
+def our_way(script: str, options: Sequence[str], devices: int) -> Way:
+    """With all cores as one device, or as two of a thread each."""
+    return Way("ours", script, tuple(options), (("JAX_NUM_CPU_DEVICES", str(devices)),))
+
+
 # One layer of the model after the other, or six of them compiled in a row.
-OURS = tuple(Way("ours", "ours.py", ("--unroll", str(layers))) for layers in (1, 6))
+OURS = tuple(
+    our_way("ours.py", ("--unroll", str(layers)), devices)
+    for devices in (1, 2)
+    for layers in (1, 6)
+)
 # Clients one by one, or in batches of several.
 OURS_DENSE = tuple(
-    Way("ours", "ours_dense.py", ("--at-once", str(clients))) for clients in (1, 2, 5)
+    our_way("ours_dense.py", ("--at-once", str(clients)), devices)
+    for devices, clients in ((1, 1), (1, 2), (1, 5), (2, 1), (2, 5))
 )
 
 
@@ -111,6 +121,8 @@ class Contest:
         unit: such as "tokens".
         prepare: the script that writes the task's files.
         trial: rounds in which a way is tried.
+        a_turn: rounds of a turn. Several, where one is over before threads have woken up and caches
+            are filled after the turns of others.
         alike: whether all sides take the rows in one order, so that their losses can be compared.
     """
 
@@ -122,10 +134,12 @@ class Contest:
     unit: str
     prepare: str = "prepare.py"
     trial: int = 3
+    a_turn: int = 1
     alike: bool = True
 
     def rows(self, turns: int, warm: int = 1) -> list[Row]:
-        """Trains `warm` rounds that do not count and `turns` that do, of each side."""
+        """Trains `warm` rounds of each side that do not count and `turns` turns that do."""
+        rounds = [1] * warm + [self.a_turn] * turns
         folder = folder_of(self.task, self.prepare)
         chosen = {
             name: fastest(ways, self.task, folder, self.trial)
@@ -133,10 +147,10 @@ class Contest:
         }
         with ExitStack() as open_sides:
             sides = {
-                name: open_sides.enter_context(way.side(self.task, folder, warm + turns))
+                name: open_sides.enter_context(way.side(self.task, folder, sum(rounds)))
                 for name, way in chosen.items()
             }
-            in_turns(list(sides.values()), warm + turns)
+            in_turns(list(sides.values()), rounds)
             rows = [found for name, side in sides.items() for found in self._own(name, side, warm)]
             for peer, least in self.bars.items():
                 times = ratio(sides[peer].steady(warm), sides["ours"].steady(warm))

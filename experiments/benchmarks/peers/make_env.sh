@@ -6,6 +6,9 @@
 # An environment with PyTorch takes about 1.2 GB. A folder that is complete is left as it is.
 set -euo pipefail
 
+# shellcheck source-path=SCRIPTDIR
+source "$(dirname "${BASH_SOURCE[0]}")/../environment.sh"
+
 # For CPython 3.11 this version of PyTorch comes as a build for CPUs; others bring gigabytes of CUDA.
 torch=("torch==2.13.0" "transformers==5.24.0" "peft==0.21.2" "safetensors>=0.6" "numpy>=2.0")
 case "${1:-}" in
@@ -35,21 +38,4 @@ case "${1:-}" in
 esac
 folder="${2:?give the folder}"
 
-# The first interpreter that can make an environment: a version manager's shim may lead nowhere.
-python="${PYTHON311:-}"
-for candidate in $(type -ap python3.11); do
-    [ -n "$python" ] && break
-    "$candidate" -c "import ensurepip, venv" 2>/dev/null && python="$candidate"
-done
-if [ -z "$python" ]; then
-    echo "needs CPython 3.11; give its path in PYTHON311" >&2
-    exit 1
-fi
-
-if [ ! -f "$folder/complete" ]; then
-    rm -rf "$folder"
-    "$python" -m venv "$folder"
-    "$folder/bin/python" -m pip install --quiet "${packages[@]}"
-    "$folder/bin/python" -c "import $modules"
-    touch "$folder/complete"
-fi
+make_environment "$folder" "$modules" "${packages[@]}"

@@ -19,7 +19,7 @@ from tasks import read_factors, write_factors
 from turns import Turns, arguments
 
 from fedjax_llm.federation import CohortLayout, Purpose, key_for
-from fedjax_llm.training import ClientTable, LocalTraining, client_update, optimizer_init
+from fedjax_llm.training import ClientTable, LocalTraining, client_update, each_row, optimizer_init
 
 PyTree = Any
 
@@ -67,7 +67,8 @@ def round_program(task: DenseTask, layout: CohortLayout, most_rows: int) -> Any:
         table = ClientTable(rows, population, jnp.float32(0))
         state = optimizer_init(training.optimizer, params)
         steps = task.epochs * population // task.batch
-        trained = client_update(row_loss, training, params, state, table, key, key, steps)
+        losses = each_row(row_loss)
+        trained = client_update(losses, training, params, state, table, key, key, steps)
         return jax.tree.map(jnp.subtract, trained.trainable, params)
 
     @jax.jit
@@ -95,9 +96,10 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=1, help="clients in a batch")
     asked = parser.parse_args()
     turns, task = Turns(asked.wait), DENSE[asked.task]
-    (images_CxN, labels_CxN), sizes_C = tables(asked.folder)
-    rows_C = np.asarray(sizes_C)
     layout = CohortLayout.over(task.cohort, asked.at_once)
+    # Elsewhere, a round would move them.
+    (images_CxN, labels_CxN), sizes_C = layout.replicate(tables(asked.folder))
+    rows_C = np.asarray(sizes_C)
     if layout.padded != task.cohort:
         raise ValueError(f"{task.cohort} clients do not divide into {asked.at_once} at once")
     program = round_program(task, layout, images_CxN.shape[1])

@@ -6,7 +6,7 @@ Takes the arguments of ours.py. The first process talks; rounds are not waited f
 import os
 import sys
 
-from fedjax_llm.runs import distributed, launch_places, launching
+from fedjax_llm.runs.processes import distributed, launch_places, launching
 
 PROCESSES = 2
 

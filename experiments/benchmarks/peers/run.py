@@ -29,6 +29,7 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -43,7 +44,6 @@ from contests import (  # noqa: E402
     PLAIN,
     Contest,
     Part,
-    Way,
     check_only,
     fastest,
 )
@@ -53,24 +53,26 @@ from table import Row, row, show, write  # noqa: E402
 from tasks import TASKS  # noqa: E402
 
 COMMAND_ROUNDS = 4
+# Who trains adapters, by the name in the rows.
+PEERS = {"flower": FLOWER, "plain loop": PLAIN, "pfl": PFL}
+
+
+def _adapters(task: str, bars: dict[str, float], work: float, unit: str, trial: int = 3) -> Contest:
+    """A contest in training adapters, against the peers that have a bar."""
+    peers = {name: PEERS[name] for name in bars}
+    return Contest(task, OURS, peers, bars, work, unit, trial=trial)
 
 
 def decoder(turns: int) -> list[Row]:
     """Steady rounds of the decoder."""
-    return Contest(
-        "decoder",
-        OURS,
-        {"flower": FLOWER, "plain loop": PLAIN},
-        {"flower": 2.0, "plain loop": 1.6},
-        TASKS["decoder"].tokens,
-        "tokens",
-    ).rows(turns)
+    bars = {"flower": 2.0, "plain loop": 1.6}
+    return _adapters("decoder", bars, TASKS["decoder"].tokens, "tokens").rows(turns)
 
 
 def command(turns: int) -> list[Row]:
     """The whole command, a third as often as there are turns, once at least."""
     folder = folder_of("decoder")
-    flower = fastest(FLOWER, "decoder", folder)
+    flower, quickest = fastest(FLOWER, "decoder", folder), fastest(OURS, "decoder", folder)
     seconds: dict[str, list[float]] = {"cold": [], "warm": [], "flower": []}
     ready: dict[str, list[float]] = {name: [] for name in seconds}
     for _ in range(max(1, turns // 3)):
@@ -80,7 +82,7 @@ def command(turns: int) -> list[Row]:
                 ("JAX_COMPILATION_CACHE_DIR", cache),
                 ("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1"),
             )
-            ours = Way("ours", "ours.py", environment=cached)
+            ours = replace(quickest, environment=quickest.environment + cached)
             # The first finds the cache empty, the second full.
             for name, way in {"cold": ours, "warm": ours, "flower": flower}.items():
                 with way.side("decoder", folder, COMMAND_ROUNDS, wait=False) as side:
@@ -110,19 +112,12 @@ def command(turns: int) -> list[Row]:
 
 def thousand(turns: int) -> list[Row]:
     """A thousand small clients."""
-    return Contest(
-        "thousand",
-        OURS,
-        {"flower": FLOWER, "pfl": PFL},
-        {"flower": 20.0, "pfl": 5.0},
-        TASKS["thousand"].clients,
-        "clients",
-        trial=2,
-    ).rows(turns)
+    bars = {"flower": 20.0, "pfl": 5.0}
+    return _adapters("thousand", bars, TASKS["thousand"].clients, "clients", trial=2).rows(turns)
 
 
 def emnist(turns: int) -> list[Row]:
-    """FedJAX's task; its rounds are short, so that there are more of them."""
+    """FedJAX's task; its rounds are short, so that a turn is ten of them."""
     task = DENSE["emnist"]
     contest = Contest(
         "emnist",
@@ -133,10 +128,11 @@ def emnist(turns: int) -> list[Row]:
         "clients",
         "prepare_dense.py",
         trial=20,
+        a_turn=10,
         alike=False,
     )
     # FedJAX compiles once for each size of a last batch; whole batches leave one.
-    rows = contest.rows(10 * turns, warm=5)
+    rows = contest.rows(turns, warm=5)
     checked = check_only(
         "emnist-check", OURS_DENSE[0], "fedjax", FEDJAX[0], "prepare_dense.py", COMMAND_ROUNDS
     )

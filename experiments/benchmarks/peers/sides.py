@@ -93,12 +93,12 @@ class Side:
         self.tail: dict[str, Any] = {}
         self.seconds_whole = float("nan")
 
-    def turn(self) -> dict[str, Any]:
-        """Trains one round and returns what it came to."""
+    def turn(self, rounds: int = 1) -> dict[str, Any]:
+        """Trains a round, or several without a pause, and returns what the last came to."""
         assert self._process.stdin is not None
-        self._process.stdin.write("\n")
+        self._process.stdin.write("\n" * rounds)
         self._process.stdin.flush()
-        self.rounds.append(self._read())
+        self.rounds += [self._read() for _ in range(rounds)]
         return self.rounds[-1]
 
     def finish(self) -> "Side":
@@ -154,14 +154,14 @@ class Side:
         self.close()
 
 
-def in_turns(sides: Sequence[Side], turns: int) -> None:
-    """Trains `turns` rounds of each side, one after the other, then waits for all to end."""
-    for turn in range(turns):
+def in_turns(sides: Sequence[Side], turns: Sequence[int]) -> None:
+    """Trains each side for so many rounds a turn, one after the other, then waits for their end."""
+    for turn, rounds in enumerate(turns):
         # Every other turn backwards, so that nobody always follows the same neighbour.
         for side in sides[:: 1 if turn % 2 == 0 else -1]:
             # Threads of the last one spin for a while when they have nothing to do.
             time.sleep(0.1)
-            side.turn()
+            side.turn(rounds)
     for side in sides:
         side.finish()
 

@@ -14,9 +14,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from fedjax_llm.aggregation import RULES
-from fedjax_llm.runs.runfile_plan import PlanSection
-from fedjax_llm.runs.runfile_schedule import CompressionSection, ScheduleSection
-from fedjax_llm.runs.runfile_schema import RunFile
+from fedjax_llm.runs.sections.plan import PlanSection
+from fedjax_llm.runs.sections.schedule import CompressionSection, ScheduleSection
+from fedjax_llm.runs.sections.schema import RunFile
 
 # Schedules with replicas are tried whole and in so many fragments.
 FRAGMENTS = (1, 2)

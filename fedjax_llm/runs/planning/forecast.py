@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from fedjax_llm.federation.outlook import Totals
 from fedjax_llm.runs.planning.candidates import Candidate
-from fedjax_llm.runs.runfile_plan import ForecastSection, Objective, PlanSection
+from fedjax_llm.runs.sections.plan import ForecastSection, Objective, PlanSection
 
 MEASURES: tuple[Objective, ...] = ("seconds", "dollars", "bytes")
 

@@ -18,7 +18,7 @@ from fedjax_llm.privacy import PrivacyPlan
 from fedjax_llm.runs import build
 from fedjax_llm.runs.planning.candidates import Candidate, apply
 from fedjax_llm.runs.planning.screen import Screen
-from fedjax_llm.runs.runfile_schema import RunFile
+from fedjax_llm.runs.sections.schema import RunFile
 
 # Digits of a noise multiplier in a run file; it is rounded up.
 _DIGITS = 4

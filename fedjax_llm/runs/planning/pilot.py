@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from fedjax_llm.data import Corpus
 from fedjax_llm.models import Model
 from fedjax_llm.runs import build
-from fedjax_llm.runs.runfile_schema import RunFile
+from fedjax_llm.runs.sections.schema import RunFile
 
 
 class Pilot:

@@ -22,8 +22,8 @@ from fedjax_llm.runs.planning.forecast import MEASURES, Forecast, cost, over_bud
 from fedjax_llm.runs.planning.noise import noise_for
 from fedjax_llm.runs.planning.screen import Costed, Screen
 from fedjax_llm.runs.planning.search import Search, Trial
-from fedjax_llm.runs.runfile_plan import PlanSection
-from fedjax_llm.runs.runfile_schema import RunFile
+from fedjax_llm.runs.sections.plan import PlanSection
+from fedjax_llm.runs.sections.schema import RunFile
 
 # With a target of tokens so many of the cheapest are simulated to their end.
 _SHOWN = 12

@@ -26,9 +26,9 @@ from fedjax_llm.privacy import PrivacyPlan
 from fedjax_llm.runs import build
 from fedjax_llm.runs.planning.balance import Pace, balanced_steps, largest_ranks, training_bytes
 from fedjax_llm.runs.planning.candidates import Candidate, apply, grid
-from fedjax_llm.runs.runfile_plan import Objective, PlanSection
-from fedjax_llm.runs.runfile_schedule import ScheduleSection
-from fedjax_llm.runs.runfile_schema import RunFile
+from fedjax_llm.runs.sections.plan import Objective, PlanSection
+from fedjax_llm.runs.sections.schedule import ScheduleSection
+from fedjax_llm.runs.sections.schema import RunFile
 
 # Server steps that are simulated to compare candidates; what a step takes is the mean of the latter
 # half, when those that do not wait are past their start.

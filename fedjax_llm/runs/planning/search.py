@@ -29,8 +29,8 @@ from fedjax_llm.runs.planning.forecast import Forecast, cost
 from fedjax_llm.runs.planning.noise import noise_for
 from fedjax_llm.runs.planning.pilot import Pilot
 from fedjax_llm.runs.planning.screen import Costed, Screen
-from fedjax_llm.runs.runfile_plan import PlanSection
-from fedjax_llm.runs.runfile_schema import RunFile
+from fedjax_llm.runs.sections.plan import PlanSection
+from fedjax_llm.runs.sections.schema import RunFile
 
 # Noise that differs by less leaves a pilot's curve as it is.
 _SAME_NOISE = 0.1

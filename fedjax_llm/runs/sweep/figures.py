@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedjax_llm.errors import UserError
-from fedjax_llm.runs.metrics import RoundRecord
+from fedjax_llm.runs.folder.metrics import RoundRecord
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,10 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from fedjax_llm.errors import UserError
-from fedjax_llm.runs import toml_errors
-from fedjax_llm.runs.runfile_errors import Where, explained, problem, syntax_error
-from fedjax_llm.runs.runfile_types import Positive, Section, Text
+from fedjax_llm.runs.runfile.errors import Where, explained, syntax_error
+from fedjax_llm.runs.sections import toml_errors
+from fedjax_llm.runs.sections.problem import problem
+from fedjax_llm.runs.sections.types import Positive, Section, Text
 
 # Names of axes that say how a cell is started, instead of a key of the run file.
 MACHINE = ("devices", "processes")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedjax_llm.errors import UserError
-from fedjax_llm.runs import disk
+from fedjax_llm.runs.folder import disk
 from fedjax_llm.runs.sweep.drawing import draw
 from fedjax_llm.runs.sweep.file import SweepFile
 from fedjax_llm.runs.sweep.running import Outcome

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from fedjax_llm.errors import FedJaxError, UserError
-from fedjax_llm.runs import disk, machine, metrics, runfile, summary
+from fedjax_llm.runs import machine, runfile
+from fedjax_llm.runs.folder import disk, metrics, summary
 from fedjax_llm.runs.sweep import figures, process
 from fedjax_llm.runs.sweep.figures import Figures
 from fedjax_llm.runs.sweep.file import SweepFile

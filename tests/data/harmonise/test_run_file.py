@@ -10,20 +10,14 @@ import pytest
 from fedjax_llm.data.harmonise import across, duplicates, identify, labels, mixing, shingles
 from fedjax_llm.errors import Refused, UserError
 from fedjax_llm.models.tokenizer import Tokenizer
-from fedjax_llm.runs import (
-    build,
-    harmonise_card,
-    harmonise_file,
-    harmonising,
-    metrics,
-    report,
-    runfile,
-    runfile_harmonise,
-)
+from fedjax_llm.runs import build, report, runfile
+from fedjax_llm.runs.build import harmonising
 from fedjax_llm.runs.events import Note, ignore
-from fedjax_llm.runs.folder import RunFolder
-from fedjax_llm.runs.metrics import CloudRecord, RoundRecord
-from fedjax_llm.runs.runfile_harmonise import HarmoniseSection
+from fedjax_llm.runs.folder import RunFolder, harmonise_file, metrics
+from fedjax_llm.runs.folder.metrics import CloudRecord, RoundRecord
+from fedjax_llm.runs.report import harmonise_card
+from fedjax_llm.runs.sections import harmonise as harmonise_section
+from fedjax_llm.runs.sections.harmonise import HarmoniseSection
 
 RUN_FILE = """\
 name = "h"
@@ -53,11 +47,11 @@ def load(folder: Path, harmonise: str = "", own: str = "", unit: str = "none") -
 
 def test_names_are_those_of_the_data_package() -> None:
     pairs = [
-        (runfile_harmonise.Kind, duplicates.Kind),
-        (runfile_harmonise.Compare, shingles.Compare),
-        (runfile_harmonise.How, across.How),
-        (runfile_harmonise.By, mixing.By),
-        (runfile_harmonise.Unknown, labels.Unknown),
+        (harmonise_section.Kind, duplicates.Kind),
+        (harmonise_section.Compare, shingles.Compare),
+        (harmonise_section.How, across.How),
+        (harmonise_section.By, mixing.By),
+        (harmonise_section.Unknown, labels.Unknown),
     ]
     for mine, theirs in pairs:
         assert get_args(mine) == get_args(theirs)

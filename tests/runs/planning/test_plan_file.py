@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from fedjax_llm.errors import FedJaxError, UserError
-from fedjax_llm.runs import forecast_file, runfile
-from fedjax_llm.runs.folder import RunFolder
+from fedjax_llm.runs import runfile
+from fedjax_llm.runs.folder import RunFolder, forecast_file
 
 FORECAST = "plan.forecast={rounds=4, rounds_low=3, rounds_high=6, seconds=2, bytes=5, dollars=0}"
 

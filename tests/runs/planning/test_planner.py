@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from fedjax_llm.errors import FedJaxError, UserError
-from fedjax_llm.runs import forecast_file, job, metrics, planning, runfile
-from fedjax_llm.runs.folder import RunFolder
+from fedjax_llm.runs import job, planning, runfile
+from fedjax_llm.runs.folder import RunFolder, forecast_file, metrics
 from fedjax_llm.runs.planning.candidates import Candidate
 from fedjax_llm.runs.planning.effects import effects
 from fedjax_llm.runs.planning.noise import noise_for
 from fedjax_llm.runs.planning.screen import Screen
 from fedjax_llm.runs.planning.table import rows
-from fedjax_llm.runs.runfile_schedule import ScheduleSection
+from fedjax_llm.runs.sections.schedule import ScheduleSection
 
 PRIVATE = (
     "privacy.unit=example",

@@ -13,8 +13,8 @@ from fedjax_llm.runs.planning.candidates import Candidate, apply, grid
 from fedjax_llm.runs.planning.screen import Costed, Screen
 from fedjax_llm.runs.planning.search import spread
 from fedjax_llm.runs.runfile import RunFile
-from fedjax_llm.runs.runfile_plan import PlanSection
-from fedjax_llm.runs.runfile_schedule import ScheduleSection
+from fedjax_llm.runs.sections.plan import PlanSection
+from fedjax_llm.runs.sections.schedule import ScheduleSection
 
 SUMS = ("plain", "masked", "threshold", "bfv", "ckks")
 SYNCHRONOUS = ScheduleSection()

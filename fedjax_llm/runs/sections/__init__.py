@@ -1,0 +1,1 @@
+"""The sections of a run file: frozen, typed objects, and what in them contradicts itself."""
