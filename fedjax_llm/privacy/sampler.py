@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import numpy as np
+
 from fedjax_llm.errors import UserError
 
 from .sampling import float32_rate
@@ -85,21 +87,19 @@ class SamplerSpec:
         """
         if period < 1:
             raise UserError(f"the period of sampling must be at least 1, got {period}")
-        alike = not isinstance(expected_batch, Sequence)
-        batches = (
-            list(expected_batch)
-            if isinstance(expected_batch, Sequence)
-            else [expected_batch] * len(counts)
-        )
-        if len(batches) != len(counts):
+        given = np.asarray(expected_batch, float)
+        alike = given.ndim == 0
+        if not alike and given.shape != (len(counts),):
             raise UserError(
-                f"{len(counts)} expected batches are needed, one a cloud, got {len(batches)}"
+                f"{len(counts)} expected batches are needed, one for each number of {units}, "
+                f"got {given.tolist()}"
             )
+        batches: list[float] = np.broadcast_to(given, (len(counts),)).tolist()
         smallest = min(range(len(counts)), key=counts.__getitem__)
         for cloud in [smallest] if alike else range(len(counts)):
             most = counts[cloud] / period
             if not 0 < batches[cloud] <= most:
-                which = "the smallest cloud" if alike else f"cloud {cloud + 1}"
+                which = "the smallest cloud" if alike else f"number {cloud + 1} of {list(counts)}"
                 among = f" divided by the period {period}" if period > 1 else ""
                 raise UserError(
                     f"expected batch must be above 0 and at most {most:g}, the {units} of "

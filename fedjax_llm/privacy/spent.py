@@ -51,6 +51,9 @@ def epsilon(
 ) -> float:
     """Epsilon at the mechanism's delta after some steps; inf where nothing finite is certified.
 
+    That is where there is too little noise; a delta below what the accountant of samples can
+    resolve is one for which sampling is not counted.
+
     Args:
         mechanism: of the run.
         rate: of a unit in its turn.
@@ -63,11 +66,13 @@ def epsilon(
     if mechanism.integer is not None:
         count = steps if taken is None else taken
         return mechanism.integer.epsilon(mechanism.noise_multiplier, count, mechanism.delta)
-    return accounting.epsilon(
-        *gaussians(mechanism, rate, steps, taken),
-        mechanism.delta,
-        interval,
-        replace=mechanism.adjacency == "replace",
+    replace = mechanism.adjacency == "replace"
+    sampled, noise, count = gaussians(mechanism, rate, steps, taken)
+    # Whoever takes part in every turn loses most, and that is counted exactly, where sampling is
+    # counted a little too high: a cloud of a lower rate would be told more than one of a higher.
+    return min(
+        accounting.epsilon(each, noise, count, mechanism.delta, interval, replace=replace)
+        for each in {sampled, 1.0}
     )
 
 
@@ -80,13 +85,12 @@ def why_none(mechanism: Mechanism) -> str:
             "none; use more noise, or finer fixed point (more bits)"
         )
     _, noise, _ = gaussians(mechanism, max(mechanism.sampler.rates), mechanism.steps)
-    if noise < accounting.MIN_NOISE_MULTIPLIER:
-        over = "" if noise == asked else f" {asked:g}, that is"
+    if noise == asked:
         return (
-            f"the noise multiplier{over} {noise:.3g} over what a unit can move, is below "
-            f"{accounting.MIN_NOISE_MULTIPLIER:g}, too small to account for"
-            if over
-            else f"the noise multiplier {noise:g} is below "
-            f"{accounting.MIN_NOISE_MULTIPLIER:g}, too small to account for"
+            f"the noise multiplier {noise:g} is below {accounting.MIN_NOISE_MULTIPLIER:g}, "
+            "too small to account for"
         )
-    return f"delta {mechanism.delta:g} is below what the accountant can resolve"
+    return (
+        f"the noise multiplier {asked:g}, that is {noise:.3g} over what a unit can move, is below "
+        f"{accounting.MIN_NOISE_MULTIPLIER:g}, too small to account for"
+    )

@@ -185,6 +185,7 @@ def client_update(
         # Those that fill up a cohort have none, and nothing of theirs may be NaN.
         batch = jnp.maximum(batch, jnp.int32(1))
         size = batch.astype(jnp.float32)
+    share = _one_over(size)
     drift = training.drift
     noise = StepNoise.of(training.privacy, training.steps, trainable, noise_key, stream)
 
@@ -200,7 +201,7 @@ def client_update(
             )
             drawn, held = noise.next(step_index, total, held, norm)
             norm = noise.next_norm(step_index, norm, metrics.rows, metrics.clipped, size)
-            grads = jax.tree.map(lambda t, n: (t + n) / size, total, drawn)
+            grads = jax.tree.map(lambda t, n: (t + n) * share, total, drawn)
         if drift.control:
             seen = jax.tree.map(jnp.add, seen, grads)
             grads = jax.tree.map(jnp.add, grads, correction)
@@ -233,7 +234,7 @@ def client_update(
     return Trained(
         trained,
         optimizer_state,
-        jax.tree.map(lambda leaf: leaf / jnp.maximum(taken, jnp.float32(1)), seen),
+        jax.tree.map(lambda leaf: leaf * _one_over(jnp.maximum(taken, jnp.float32(1))), seen),
         metrics,
         held,
         norm,
@@ -342,6 +343,15 @@ def _plain_gradient(
 
     start = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
     (loss, total), _ = jax.lax.scan(add_microbatch, start, (indices_QxM, present_QxM))
-    rows = jnp.asarray(own, jnp.float32)
-    mean = jax.tree.map(lambda leaf: leaf / rows, total)
-    return mean, ClientMetrics(loss, rows, jnp.float32(0))
+    share = _one_over(own)
+    mean = jax.tree.map(lambda leaf: leaf * share, total)
+    return mean, ClientMetrics(loss, jnp.asarray(own, jnp.float32), jnp.float32(0))
+
+
+def _one_over(count: int | jax.Array) -> jax.Array:
+    """By what sums of so many are multiplied to be means.
+
+    XLA divides by a client's own number in one way where a device has several groups of clients
+    and in another where it has one, and a run would not end in the same bytes on two devices.
+    """
+    return jax.lax.optimization_barrier(1 / jnp.asarray(count, jnp.float32))

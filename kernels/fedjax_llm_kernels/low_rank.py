@@ -64,12 +64,17 @@ def low_rank_matmuls(
     Returns:
       One array for each pair.
     """
-    plain = [pair for pair in factors if not any(isinstance(side, Metered) for side in pair)]
-    if len(plain) < len(factors):
-        return [metered_matmul(x_NxD, a, b, scale) for a, b in factors]
-    if not factors:
-        return []
-    return list(_products(x_NxD, tuple(a for a, _ in factors), tuple(b for _, b in factors), scale))
+    found: dict[int, jax.Array] = {}
+    plain: list[tuple[int, jax.Array, jax.Array]] = []
+    for place, (a, b) in enumerate(factors):
+        if isinstance(a, Metered) or isinstance(b, Metered):
+            found[place] = metered_matmul(x_NxD, a, b, scale)
+        else:
+            plain.append((place, a, b))
+    if plain:
+        places, sides_a, sides_b = zip(*plain, strict=True)
+        found |= zip(places, _products(x_NxD, sides_a, sides_b, scale), strict=True)
+    return [found[place] for place in range(len(factors))]
 
 
 type _Sides = tuple[jax.Array, ...]

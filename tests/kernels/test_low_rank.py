@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from fedjax_llm_kernels.low_rank import low_rank_matmul, low_rank_matmuls
+from fedjax_llm_kernels.metered import Metered
 
 
 def arrays(*shapes: tuple[int, ...]) -> list[jax.Array]:
@@ -99,6 +100,29 @@ def test_rows_together_and_one_by_one_have_the_same_derivatives() -> None:
         lambda one, other: np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5),
         together,
         apart,
+    )
+
+
+def test_a_metered_pair_leaves_the_others_plain() -> None:
+    x, pairs, weights = several()
+
+    def loss(pairs, caps, wrap):
+        def one(x, cap, weights):
+            (a, b), *rest = pairs
+            given = [rest[0], (wrap(a, cap), b), *rest[1:]]
+            found = low_rank_matmuls(x, given, 0.5)
+            order = [weights[1], weights[0], *weights[2:]]
+            return sum(jnp.sum(y * w) for y, w in zip(found, order, strict=True))
+
+        return jnp.sum(jax.vmap(one)(x, caps, weights))
+
+    caps = jnp.full(2, jnp.inf)
+    metered = jax.grad(loss)(pairs, caps, Metered)
+    plain = jax.grad(loss)(pairs, caps, lambda a, cap: a)
+    jax.tree.map(
+        lambda one, other: np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5),
+        metered,
+        plain,
     )
 
 

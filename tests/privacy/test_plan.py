@@ -10,7 +10,7 @@ from dp_accounting import pld
 from scipy import integrate, stats
 
 from fedjax_llm.errors import Refused, UserError
-from fedjax_llm.privacy import PrivacyPlan, SamplerSpec
+from fedjax_llm.privacy import PrivacyPlan, SamplerSpec, accounting
 
 EXAMPLES = {
     "expected_batch": 8.0,
@@ -201,6 +201,17 @@ def test_sampler_specs():
         SamplerSpec("full", (1.0,), 0)
 
 
+def test_no_cloud_spends_more_than_is_stated():
+    for noise, delta in ((0.3, 1e-9), (5.0, 1e-9), (0.3, 1e-17)):
+        plan = PrivacyPlan.for_examples(
+            (10, 10, 10), expected_batch=np.array([10, 9.99, 5]), steps_per_round=50, rounds=2,
+            clip_norm=1.0, noise_multiplier=noise, delta=delta,
+        )  # fmt: skip
+        each = plan.epsilon_per_cloud()
+        assert each[0] >= each[1] >= each[2]
+        assert plan.epsilon() == max(each)
+
+
 def test_a_sampler_that_disagrees_with_the_plan_is_refused():
     plan = for_examples()
     plan.check_sampler(SamplerSpec("poisson", (8 / 400, 8 / 800), 4))
@@ -232,9 +243,13 @@ def test_without_privacy():
 def test_an_epsilon_that_cannot_be_certified_is_not_printed():
     report = for_examples(noise_multiplier=0.01).report()
     assert report.epsilon is None and "too small to account for" in report.reason
-    report = for_examples(delta=1e-300).report()
-    assert report.epsilon is None and "below what the accountant can resolve" in report.reason
     assert "epsilon" not in str(report).removeprefix("no epsilon")
+
+
+def test_a_delta_that_sampling_cannot_be_counted_for_is_counted_without():
+    plan = for_examples(delta=1e-300)
+    assert accounting.epsilon(0.5, plan.noise_multiplier, plan.steps, 1e-300) == math.inf
+    assert plan.epsilon() == accounting.epsilon(1.0, plan.noise_multiplier, plan.steps, 1e-300)
 
 
 def test_reports_and_statements():

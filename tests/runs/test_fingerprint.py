@@ -78,6 +78,18 @@ def test_what_may_not(part: str, now: tuple[Any, Any, Any]) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_cloud_s_batch_counts_where_it_is_its_own() -> None:
+    def with_batch(size: int) -> Any:
+        own = settings()
+        clouds = [cloud.model_dump() | {"batch_size": size} for cloud in own.clouds]
+        return fingerprint.of(settings(clouds=clouds), base(), corpora())
+
+    of_run = settings().training.batch_size
+    fingerprint.check(SAVED, with_batch(of_run), FOLDER)
+    with pytest.raises(UserError, match="the settings of the clouds at hand is not"):
+        fingerprint.check(SAVED, with_batch(of_run - 1), FOLDER)
+
+
 def test_clouds_in_another_order_are_another_run() -> None:
     """Their place addresses their randomness."""
     run_file = settings()

@@ -49,6 +49,22 @@ def test_each_client_samples_at_its_own_batch_over_its_own_rows(tmp_path: Path):
     assert build.plan(load(tmp_path, own=8), [40, 80, 160]).sampler.rates[0] == pytest.approx(0.2)
 
 
+@pytest.mark.parametrize(("clouds", "units"), [(2, [40, 80]), (1, [40])])
+def test_a_size_that_all_clouds_name_is_the_plan_s(tmp_path: Path, clouds: int, units: list[int]):
+    """They are alike then, and still not the run's."""
+    head, eu, us = HEAD.split("\n[[clouds]]\n")
+    us = us.replace("clients = 2", "batch_size = 2")
+    path = tmp_path / "q.toml"
+    text = "\n[[clouds]]\n".join([head, eu, us][: clouds + 1])
+    path.write_text(text.format(own=2, sampling="poisson", adaptive=""))
+    plan = build.plan(runfile.load(path), units)
+    assert plan.sampler.rates == pytest.approx([2 / count for count in units], rel=1e-6)
+    path.write_text(text.format(own=2, sampling="full", adaptive=""))
+    assert build.plan(runfile.load(path), [2] * clouds).sampler.kind == "full"
+    with pytest.raises(UserError, match=r"but batch_size is 2 and the clouds hold"):
+        build.plan(runfile.load(path), [3] * clouds)
+
+
 def test_full_sampling_is_by_each_cloud_s_own_batch(tmp_path: Path):
     run_file = load(tmp_path, own=2, sampling="full")
     assert build.plan(run_file, [2, 8, 8]).sampler.kind == "full"

@@ -37,8 +37,13 @@ PyTree = Any
 LossFn = Callable[[PyTree, PyTree], jax.Array]
 
 # The second pass repeats the first with scaled cotangents, and rounds otherwise. With this much
-# room, only what the backward pass amplifies a thousandfold and more is found too long.
+# room, what is found too long in float32 is only what the backward pass amplifies a thousandfold
+# and more.
 _ROOM = 1.0 + 2.0**-10
+# Who is found too long is shortened by what was found, and by this for another rounding, as passes
+# in bfloat16 often need it; who is still too long after so many times counts for nothing.
+_SHORTER = 1.0 - 2.0**-7
+_TIMES = 8
 
 
 class GhostSums(NamedTuple):
@@ -65,8 +70,8 @@ def ghost_sums(
     group (`Joint` one, `PerFactor` two) with the loss of example e weighted by
     min(1, bound / norm_e), and 0 for examples that do not count or have no finite norm. The second
     one measures as well what it adds. Whoever is found too long in it, by rounding that the
-    backward pass amplified, gets weight 0, and the pass is repeated: that follows from the example
-    alone.
+    backward pass amplified, gets a lower weight, after some times 0, and the pass is repeated until
+    nobody is: that follows from the example alone.
 
     Args:
         loss_fn: must hand each factor, as it is, to `low_rank_matmul`, and for `PerLayer` once in
@@ -147,26 +152,27 @@ def _weighted(
     """The group's leaves of the weighted sum, in which nobody is longer than the bound."""
     bound = _positive(bound)
     shapes = jax.eval_shape(pull, loss_E)[0]
-    State = tuple[jax.Array, list[jax.Array], jax.Array]
+    State = tuple[jax.Array, list[jax.Array], jax.Array, jax.Array]
 
     def attempt(state: State) -> State:
-        weights_E, _, _ = state
+        weights_E, _, _, times = state
         leaves, norms_E = pull(weights_E.astype(loss_E.dtype))
         norm_E = _norms_of(norms_E, places)
         # Of weight zero is nothing left, even where zero times infinity made NaN: those are zeroed.
-        within_E = (norm_E * jnp.float32(MARGIN) <= bound) & jnp.isfinite(norm_E)
-        over_E = ~within_E & (weights_E > 0)
-        weights_E = jnp.where(over_E, jnp.float32(0), weights_E)
+        reach_E = norm_E * jnp.float32(MARGIN)
+        finite_E = jnp.isfinite(reach_E)
+        over_E = ~((reach_E <= bound) & finite_E) & (weights_E > 0)
+        shorter_E = weights_E * (bound / reach_E) * jnp.float32(_SHORTER)
+        shorter_E = jnp.where(finite_E & (times < _TIMES), shorter_E, jnp.float32(0))
+        weights_E = jnp.where(over_E, shorter_E, weights_E)
         again = in_step(over_E.any().astype(jnp.int32)) > 0
-        return weights_E, [leaves[place] for place in places], again
+        return weights_E, [leaves[place] for place in places], again, times + jnp.int32(1)
 
     start = [jnp.zeros(shapes[place].shape, shapes[place].dtype) for place in places]
-    # At most one turn more than examples: each turn but the last takes a weight away. One more
-    # than needed, beside a device that needs it, finds the same again.
-    _, leaves, _ = jax.lax.while_loop(
-        lambda state: state[2], attempt, (weights_E, start, jnp.bool_(True))
-    )
-    return leaves
+    # After some turns each but the last takes a weight away, so that it ends. One more than needed,
+    # beside a device that needs it, finds the same again.
+    state: State = (weights_E, start, jnp.bool_(True), jnp.int32(0))
+    return jax.lax.while_loop(lambda state: state[2], attempt, state)[1]
 
 
 def _norms_of(norms_E: list[jax.Array], places: list[int]) -> jax.Array:

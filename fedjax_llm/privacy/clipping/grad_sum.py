@@ -95,7 +95,8 @@ def clipped_grad_sum(
       `low_rank_matmul` alone; a factor used more than once is bounded by the triangle inequality,
       or, for `PerLayer`, not: there it must be used once.
 
-    The methods agree up to rounding, and up to a relative 2^-10 where an example is shortened.
+    The methods agree up to rounding, and where an example is shortened up to a relative 2^-10, in
+    bfloat16 up to some 2^-6: "ghost" shortens once more who is found too long after rounding.
 
     | input                            | effect                                             |
     |----------------------------------|----------------------------------------------------|

@@ -66,16 +66,16 @@ def plan(
     batches = batch_sizes(run_file)
     if privacy.sampling == "full" and units != [own * privacy.period for own in batches]:
         of_period = f" times the period {privacy.period}" if privacy.period > 1 else ""
-        alike = len(set(batches)) == 1
+        alike, of_run = len(set(batches)) == 1, set(batches) == {training.batch_size}
         raise UserError(
             f'[privacy] sampling = "full" takes every {privacy.unit} in its turn, but '
-            f"{'[training] ' if alike else ''}batch_size is {batches[0] if alike else batches}"
+            f"{'[training] ' if of_run else ''}batch_size is {batches[0] if alike else batches}"
             f"{of_period} and the clouds hold {units} "
             f'{privacy.unit}s; make them equal, or use sampling = "poisson"'
         )
     return PrivacyPlan.for_examples(
         units,
-        expected_batch=training.batch_size if len(set(batches)) == 1 else batches,
+        expected_batch=batches[0] if len(set(batches)) == 1 else batches,
         steps_per_round=training.local_steps,
         unit=privacy.unit,
         packed=training.packing,

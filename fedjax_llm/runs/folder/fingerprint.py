@@ -28,6 +28,7 @@ from fedjax_llm.data import Corpus
 from fedjax_llm.errors import UserError
 from fedjax_llm.federation.calendar import Calendar
 from fedjax_llm.models import Model
+from fedjax_llm.runs.sections.clouds import Cloud
 from fedjax_llm.runs.sections.partition import DividingKeys
 from fedjax_llm.runs.sections.privacy import CORRELATED
 from fedjax_llm.runs.sections.schema import RunFile
@@ -63,7 +64,7 @@ def of(run_file: RunFile, base: Model, corpora: Sequence[Corpus]) -> Fingerprint
         if kept.get("selective") is not None:
             kept["selective"] = _selective(kept["selective"])
         found[f"section [{name}]"] = _text(kept)
-    own = [cloud.model_dump(mode="json", include=_OF_CLOUDS) for cloud in run_file.clouds]
+    own = [_of_cloud(run_file, cloud) for cloud in run_file.clouds]
     if run_file.aggregation.weights in ("loss", "loss-bounded"):
         # Elsewhere a link is a matter of time and money; here it weighs its cloud.
         own += [cloud.link.model_dump(mode="json") for cloud in run_file.clouds]
@@ -110,6 +111,14 @@ def check(saved: Mapping[str, str], now: Mapping[str, str], folder: Path) -> Non
                 f"{folder}: the {part} at hand is not what its rounds ran with; "
                 "restore it, or start a new run"
             )
+
+
+def _of_cloud(run_file: RunFile, cloud: Cloud) -> dict[str, Any]:
+    """What of a cloud's settings counts; its batch only where it has one of its own."""
+    kept = cloud.model_dump(mode="json", include=_OF_CLOUDS)
+    if kept["batch_size"] in (None, run_file.training.batch_size):
+        del kept["batch_size"]
+    return kept
 
 
 def _selective(settings: dict[str, Any]) -> dict[str, Any]:
