@@ -50,7 +50,8 @@ types: setup-dev
 
 test: lint types
 	$(BIN)/fedjax-llm models get smollm2-135m
-	$(BIN)/python -m pytest -m "not drill" -n 2 --dist loadfile
+	@# In their order: by size, files of one long test would come last, on one worker alone.
+	$(BIN)/python -m pytest -m "not drill" -n 2 --dist loadfile --no-loadscope-reorder
 
 # Drills look at programs as users compile them; `make test` compiles most without optimising.
 drill: setup-dev
