@@ -161,8 +161,17 @@ def _of_a_group(
     `following` copies them. They are copied where the group computes, so that both can go on at a
     time; behind a group in which nobody computes those that stand in order have nothing to do.
     """
+
+    def every(shared: PyTree, group: PyTree) -> PyTree:
+        if jax.tree.leaves(group)[0].shape[0] > 1:
+            return jax.vmap(one_client, in_axes=(None, 0))(shared, group)
+        # As a batch of one, its loops would ask after each turn whom of the batch it concerns, and
+        # write down anew what everybody carries.
+        alone = one_client(shared, jax.tree.map(lambda leaf: leaf[0], group))
+        return jax.tree.map(lambda leaf: leaf[None], alone)
+
     # Compiled by itself it is traced once, and serves for shapes and for the branch.
-    batched = jax.jit(jax.vmap(one_client, in_axes=(None, 0)), inline=True)
+    batched = jax.jit(every, inline=True)
 
     def run(group: PyTree, rows: PyTree, following: Callable[[], PyTree]) -> tuple[PyTree, PyTree]:
         if idle is None:

@@ -265,6 +265,9 @@ class CohortLayout:
             which each client adds; the sums are the same on every device.
         """
 
+        # Compiled by itself it is traced once, for the length of the sums and for the clients.
+        one_client = jax.jit(one_client, inline=True)
+
         def on_device(
             shared: PyTree, clients: PyTree, part_K: jax.Array
         ) -> tuple[PyTree, jax.Array]:

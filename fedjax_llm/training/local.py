@@ -330,21 +330,25 @@ def _plain_gradient(
     indices_QxM = jnp.pad(indices_SxB[step_index], (0, padding)).reshape(microbatches, -1)
     present_QxM = (jnp.arange(indices_QxM.size) < own).reshape(indices_QxM.shape)
 
-    def loss_sum(candidate: PyTree, indices_M: jax.Array, present_M: jax.Array) -> jax.Array:
+    # Put to the losses, and not to the gradient's many numbers.
+    share = _one_over(own)
+
+    def part_of_mean(
+        candidate: PyTree, indices_M: jax.Array, present_M: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         rows = jax.tree.map(lambda leaf: leaf[indices_M], table.rows)
         loss_M = rows_loss(candidate, rows)
-        return jnp.sum(jnp.where(present_M, loss_M, jnp.float32(0)))
+        loss = jnp.sum(jnp.where(present_M, loss_M, jnp.float32(0)))
+        return loss * share, loss
 
     def add_microbatch(
         carry: tuple[jax.Array, PyTree], inputs: tuple[jax.Array, jax.Array]
     ) -> tuple[tuple[jax.Array, PyTree], None]:
-        found = jax.value_and_grad(loss_sum)(params, *inputs)
-        return jax.tree.map(jnp.add, carry, found), None
+        gradient, loss = jax.grad(part_of_mean, has_aux=True)(params, *inputs)
+        return jax.tree.map(jnp.add, carry, (loss, gradient)), None
 
     start = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
-    (loss, total), _ = jax.lax.scan(add_microbatch, start, (indices_QxM, present_QxM))
-    share = _one_over(own)
-    mean = jax.tree.map(lambda leaf: leaf * share, total)
+    (loss, mean), _ = jax.lax.scan(add_microbatch, start, (indices_QxM, present_QxM))
     return mean, ClientMetrics(loss, jnp.asarray(own, jnp.float32), jnp.float32(0))
 
 

@@ -1,22 +1,21 @@
 """The low-rank products of many clients at once, each client with an adapter of its own.
 
-`low_rank_matmul` under `jax.vmap` is the XLA form: two batched products forward, five backward, and
-between them R numbers a position that go to memory and come back. What it costs on an accelerator
-is not the few products but the passes over x, y and their cotangents: the Pallas forms
+`low_rank_xla.products` under `jax.vmap` is the XLA form: two batched products forward, five
+backward, and between them R numbers a position that go to memory and come back. What it costs on an
+accelerator is not the few products but the passes over x, y and their cotangents: the Pallas forms
 (`many_adapters_pallas`) read x once and write y once forward, and read x and dy once and write dx
 once backward, and the R numbers stay in the core.
+
+For who has the clients' arrays at hand, as benchmarks have. A round has a model of one client under
+`jax.vmap` instead, and comes to the same kernels by `low_rank`.
 
 Letters: K clients, T positions, D inputs, R rank, F outputs.
 """
 
-from typing import Any
-
 import jax
-import jax.numpy as jnp
 
-from . import choice, many_adapters_pallas
-from .low_rank import low_rank_matmul
-from .pallas_forms import Implementation, by_platform
+from . import choice, low_rank_clients, low_rank_xla, many_adapters_pallas
+from .pallas_forms import Implementation
 
 
 def many_adapter_matmul(
@@ -30,7 +29,7 @@ def many_adapter_matmul(
 
     Differentiable once, in reverse mode, in all four. All products are added up in float32; the
     R numbers of a position are rounded to the dtype of ``x`` between the products, as XLA's are.
-    The scale is rounded to that dtype too.
+    The scale is rounded to that dtype too, and so is its product with ``b``.
 
     | case | result |
     |---|---|
@@ -43,15 +42,17 @@ def many_adapter_matmul(
       b_KxRxF: Up-projections, of the same dtype.
       scale: One number for all; alpha / rank in LoRA (arXiv 2106.09685, section 4.1).
       implementation: "xla", "pallas", or None for what `choice` names for the device kind. The
-        forms add in different orders: they agree up to rounding, not bit for bit.
+        forms add in different orders: they agree up to rounding, not bit for bit. What a kernel
+        cannot have has the XLA form by either name: see `low_rank_clients.products`.
 
     Returns:
       y_KxTxF, of the dtype of ``x``.
 
     Raises:
-      ValueError: Shapes or dtypes do not fit, or the implementation is none.
+      ValueError: Shapes or dtypes do not fit, or the implementation is none, or "pallas" is asked
+        for by name and a TPU's fast memory is not enough for it.
     """
-    clients, _, width = _three("x", x_KxTxD)
+    clients, positions, width = _three("x", x_KxTxD)
     if _three("a", a_KxDxR)[:2] != (clients, width) or _three("b", b_KxRxF)[:2] != (
         clients,
         a_KxDxR.shape[2],
@@ -65,12 +66,16 @@ def many_adapter_matmul(
             f"x, a and b must be of one dtype, got {x_KxTxD.dtype}, {a_KxDxR.dtype} and "
             f"{b_KxRxF.dtype}; cast the adapter to that of the activations"
         )
-    empty = 0 in (*x_KxTxD.shape, *b_KxRxF.shape)
-    if empty or choice.of("many_adapters", implementation) == "xla":
-        product = jax.vmap(low_rank_matmul, in_axes=(0, 0, 0, None))
-        found: jax.Array = product(x_KxTxD, a_KxDxR, b_KxRxF, scale)
-        return found
-    return _pallas(x_KxTxD, a_KxDxR, b_KxRxF, jnp.asarray(scale))
+    if implementation == "pallas":
+        # Who measures forms is not to be given another one.
+        rank, outputs = b_KxRxF.shape[1:]
+        itemsize = x_KxTxD.dtype.itemsize
+        many_adapters_pallas.tpu_positions(positions, width, rank, [outputs], itemsize, True)
+    form = low_rank_xla.products
+    if choice.of("many_adapters", implementation) == "pallas":
+        form = low_rank_clients.products
+    (found,) = jax.vmap(form, in_axes=(0, 0, 0, None))(x_KxTxD, (a_KxDxR,), (b_KxRxF,), scale)
+    return found
 
 
 def _three(name: str, array: jax.Array) -> tuple[int, int, int]:
@@ -78,39 +83,3 @@ def _three(name: str, array: jax.Array) -> tuple[int, int, int]:
         raise ValueError(f"{name} must have three axes, got {array.shape}; the first is the client")
     first, second, third = array.shape
     return first, second, third
-
-
-@jax.custom_vjp
-def _pallas(x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array) -> jax.Array:
-    return _forward(x, a, b, scale)[0]
-
-
-def _forward(
-    x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    y = by_platform(
-        many_adapters_pallas.tpu_forward,
-        many_adapters_pallas.gpu_forward,
-        x,
-        a,
-        b,
-        scale.astype(x.dtype),
-    )
-    return y, (x, a, b, scale)
-
-
-def _backward(saved: tuple[jax.Array, ...], dy: jax.Array) -> tuple[Any, ...]:
-    x, a, b, scale = saved
-    dx, da, db, dscale = by_platform(
-        many_adapters_pallas.tpu_backward,
-        many_adapters_pallas.gpu_backward,
-        x,
-        a,
-        b,
-        scale.astype(x.dtype),
-        dy,
-    )
-    return dx, da.astype(a.dtype), db.astype(b.dtype), dscale.astype(scale.dtype)
-
-
-_pallas.defvjp(_forward, _backward)

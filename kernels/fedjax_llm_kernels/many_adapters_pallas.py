@@ -5,10 +5,13 @@ the sums over positions, da and db, stay in fast memory while the blocks of a cl
 GPU one program takes a block of positions and walks D and F in tiles; da and db are sums over
 programs, which XLA makes afterwards from the R numbers of each position.
 
+Several products of the same activations are one call: a is one matrix, whose columns all of them
+use, and each has a b of its own, with R rows. A scale is a factor of b.
+
 Letters: K clients, T positions, D inputs, R rank, F outputs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,146 +22,143 @@ from jax.experimental.pallas import triton as plgpu
 
 from .pallas_forms import LANES, TPU_BYTES, power_of_two_at_most, whole_blocks
 
+type Sides = tuple[jax.Array, ...]
+
 # Positions, and columns of D or F, of a tile of the GPU forms; its products need 16 of each side.
 _GPU_T, _GPU_C, _GPU_R = 64, 64, 16
 
 
 def tpu_positions(
-    positions: int, width: int, rank: int, outputs: int, itemsize: int, backward: bool
+    positions: int,
+    width: int,
+    rank: int,
+    outputs: Sequence[int],
+    itemsize: int,
+    backward: bool,
 ) -> int:
     """Positions of a block, such that all buffers fit into a TPU core's fast memory.
 
     Raises:
       ValueError: Not even sixteen positions fit.
 
-    >>> tpu_positions(2048, 4096, 16, 4096, 2, True), tpu_positions(2048, 576, 8, 576, 4, False)
-    (64, 512)
+    >>> tpu_positions(2048, 4096, 16, [4096], 2, True), tpu_positions(9, 576, 8, [576], 4, False)
+    (64, 16)
     """
-    d, f = (whole_blocks(size, LANES) * LANES for size in (width, outputs))
-    r = whole_blocks(rank, 16) * 16
+    fixed, one = _tpu_bytes(width, rank, outputs, itemsize, backward)
+    if (room := (TPU_BYTES - fixed) // one) < 16:
+        raise ValueError(
+            f"the Pallas product with adapters needs {fixed + 16 * one} bytes of fast memory at "
+            f"{width} inputs and {sum(outputs)} outputs and has {TPU_BYTES}; "
+            'use implementation "xla"'
+        )
+    return power_of_two_at_most(min(room, max(positions, 16)), 16, 512)
+
+
+def tpu_holds(width: int, rank: int, outputs: Sequence[int], itemsize: int, backward: bool) -> bool:
+    """Whether the fast memory of a TPU core is enough for sixteen positions.
+
+    >>> tpu_holds(2048, 16, [8192, 8192], 2, True), tpu_holds(8192, 8, [2048], 2, True)
+    (True, False)
+    """
+    fixed, one = _tpu_bytes(width, rank, outputs, itemsize, backward)
+    return fixed + 16 * one <= TPU_BYTES
+
+
+def _tpu_bytes(
+    width: int, rank: int, outputs: Sequence[int], itemsize: int, backward: bool
+) -> tuple[int, int]:
+    """What a program needs whatever its positions are, and for each of them."""
+    d, *each_f = (whole_blocks(size, LANES) * LANES for size in (width, *outputs))
+    f, r = sum(each_f), whole_blocks(rank, 16) * 16
     # Two buffers of each block. A's rows and da's are R wide and fill whole rows of 128 lanes.
     fixed = 2 * (d * LANES + r * f) * itemsize
     one = 2 * (d + f) * itemsize + 4 * LANES * 4 + f * 4
     if backward:
         fixed += 2 * (d * LANES + r * f) * 4
         one += 2 * d * itemsize + d * 4
-    if (room := (TPU_BYTES - fixed) // one) < 16:
-        raise ValueError(
-            f"the Pallas product with adapters needs {fixed + 16 * one} bytes of fast memory at "
-            f'{width} inputs and {outputs} outputs and has {TPU_BYTES}; use implementation "xla"'
-        )
-    return power_of_two_at_most(min(room, max(positions, 16)), 16, 512)
+    return fixed, one
 
 
-def _blocks(*shape: int, moving: bool) -> pl.BlockSpec:
-    """One client's block: of positions, which move with the grid, or of its adapter."""
-    return pl.BlockSpec((None, *shape), lambda k, t: (k, t if moving else 0, 0))
+def _moving(tile: int, columns: int) -> pl.BlockSpec:
+    """A block of one client's positions."""
+    return pl.BlockSpec((None, tile, columns), lambda k, t: (k, t, 0))
 
 
-def _inputs(tile: int, width: int, rank: int, outputs: int) -> list[pl.BlockSpec]:
-    """Where a program finds the scale, x, a and b."""
-    return [
-        _SCALAR,
-        _blocks(tile, width, moving=True),
-        _blocks(width, rank, moving=False),
-        _blocks(rank, outputs, moving=False),
-    ]
+def _staying(side: jax.Array) -> pl.BlockSpec:
+    """One client's side of an adapter, for all of its positions."""
+    return pl.BlockSpec((None, *side.shape[1:]), lambda k, t: (k, 0, 0))
 
 
-def tpu_forward(
-    x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array, *, interpret: bool
-) -> jax.Array:
-    """y [K, T, F] of the dtype of x."""
-    (clients, positions, width), (_, rank, outputs) = x.shape, b.shape
-    tile = tpu_positions(positions, width, rank, outputs, x.dtype.itemsize, False)
+def tpu_forward(x: jax.Array, a: jax.Array, b: Sides, *, interpret: bool) -> Sides:
+    """y [K, T, F] for each b, of the dtype of x."""
+    clients, positions, width = x.shape
+    outputs = [one.shape[2] for one in b]
+    tile = tpu_positions(positions, width, a.shape[2], outputs, x.dtype.itemsize, False)
 
-    def kernel(scale: Any, x: Any, a: Any, b: Any, y: Any) -> None:
-        down_TxR = _scaled(_dot(x[...], a[...], 1, 0).astype(x.dtype), scale)
-        y[...] = _dot(down_TxR, b[...], 1, 0).astype(y.dtype)
+    def kernel(x: Any, a: Any, b: Any, y: Any) -> None:
+        down_TxR = _dot(x[...], a[...], 1, 0).astype(x.dtype)
+        for b_RxF, y_TxF in zip(b, y, strict=True):
+            y_TxF[...] = _dot(down_TxR, b_RxF[...], 1, 0).astype(y_TxF.dtype)
 
-    found: jax.Array = pl.pallas_call(
+    shapes = tuple(jax.ShapeDtypeStruct((clients, positions, f), x.dtype) for f in outputs)
+    (found,) = pl.pallas_call(
         kernel,
         grid=(clients, whole_blocks(positions, tile)),
-        in_specs=_inputs(tile, width, rank, outputs),
-        out_specs=_blocks(tile, outputs, moving=True),
-        out_shape=jax.ShapeDtypeStruct((clients, positions, outputs), x.dtype),
+        in_specs=[_moving(tile, width), _staying(a), tuple(map(_staying, b))],
+        out_specs=[tuple(_moving(tile, f) for f in outputs)],
+        out_shape=[shapes],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
         interpret=interpret,
-    )(_in_words(scale), x, a, b)
-    return found
+    )(x, a, b)
+    return tuple(found)
 
 
 def tpu_backward(
-    x: jax.Array,
-    a: jax.Array,
-    b: jax.Array,
-    scale: jax.Array,
-    dy: jax.Array,
-    *,
-    interpret: bool,
-) -> tuple[jax.Array, ...]:
-    """dx of the dtype of x; float32 da [K, D, R], db [K, R, F] and dscale []."""
-    (clients, positions, width), (_, rank, outputs) = x.shape, b.shape
-    tile = tpu_positions(positions, width, rank, outputs, x.dtype.itemsize, True)
+    x: jax.Array, a: jax.Array, b: Sides, dy: Sides, *, interpret: bool
+) -> tuple[jax.Array, jax.Array, Sides]:
+    """dx of the dtype of x; float32 da [K, D, R], and db [K, R, F] for each b."""
+    clients, positions, width = x.shape
+    outputs = [one.shape[2] for one in b]
+    tile = tpu_positions(positions, width, a.shape[2], outputs, x.dtype.itemsize, True)
 
-    def kernel(
-        scale: Any, x: Any, a: Any, b: Any, dy: Any, dx: Any, da: Any, db: Any, dscale: Any
-    ) -> None:
+    def kernel(x: Any, a: Any, b: Any, dy: Any, dx: Any, da: Any, db: Any) -> None:
         step = pl.program_id(1)
 
         @pl.when(step == 0)
         def _() -> None:
-            for total in (da, db, dscale):
+            for total in (da, *db):
                 total[...] = jnp.zeros(total.shape, total.dtype)
 
-        x_TxD, dy_TxF = x[...], dy[...]
-        if positions % tile:
-            # What lies beyond the last position is undefined and would enter the sums.
-            x_TxD, dy_TxF = (
-                _rows_within(array, step * tile, positions) for array in (x_TxD, dy_TxF)
-            )
+        def rows(ref: Any) -> jax.Array:
+            block_TxC: jax.Array = ref[...]
+            if positions % tile:
+                # What lies beyond the last position is undefined and would enter the sums.
+                return _rows_within(block_TxC, step * tile, positions)
+            return block_TxC
+
+        x_TxD = rows(x)
         down_TxR = _dot(x_TxD, a[...], 1, 0).astype(x.dtype)
-        u_TxR = _dot(dy_TxF, b[...], 1, 1).astype(x.dtype)
-        product = u_TxR.astype(jnp.float32) * down_TxR.astype(jnp.float32)
-        dscale[...] += jnp.sum(product, axis=0, keepdims=True)
-        u_TxR = _scaled(u_TxR, scale)
+        u_TxR = jnp.zeros(down_TxR.shape, jnp.float32)
+        for b_RxF, dy_ref, db_RxF in zip(b, dy, db, strict=True):
+            dy_TxF = rows(dy_ref)
+            u_TxR += _dot(dy_TxF, b_RxF[...], 1, 1)
+            db_RxF[...] += _dot(down_TxR, dy_TxF, 0, 0)
+        u_TxR = u_TxR.astype(x.dtype)
         dx[...] = _dot(u_TxR, a[...], 1, 1).astype(dx.dtype)
         da[...] += _dot(x_TxD, u_TxR, 0, 0)
-        db[...] += _dot(_scaled(down_TxR, scale), dy_TxF, 0, 0)
 
-    dx, da, db, dscale = pl.pallas_call(
+    sides = [_staying(a), tuple(map(_staying, b))]
+    shapes = jax.tree.map(lambda side: jax.ShapeDtypeStruct(side.shape, jnp.float32), [a, b])
+    dx, da, db = pl.pallas_call(
         kernel,
         grid=(clients, whole_blocks(positions, tile)),
-        in_specs=[*_inputs(tile, width, rank, outputs), _blocks(tile, outputs, moving=True)],
-        out_specs=[
-            _blocks(tile, width, moving=True),
-            _blocks(width, rank, moving=False),
-            _blocks(rank, outputs, moving=False),
-            _blocks(1, rank, moving=False),
-        ],
-        out_shape=[
-            jax.ShapeDtypeStruct(x.shape, x.dtype),
-            jax.ShapeDtypeStruct(a.shape, jnp.float32),
-            jax.ShapeDtypeStruct(b.shape, jnp.float32),
-            jax.ShapeDtypeStruct((clients, 1, rank), jnp.float32),
-        ],
+        in_specs=[_moving(tile, width), *sides, tuple(_moving(tile, f) for f in outputs)],
+        out_specs=[_moving(tile, width), *sides],
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype), *shapes],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         interpret=interpret,
-    )(_in_words(scale), x, a, b, dy)
-    return dx, da, db, jnp.sum(dscale)
-
-
-# In the memory of scalars, from where one number multiplies a whole block.
-_SCALAR = pl.BlockSpec(memory_space=pltpu.SMEM)
-
-
-def _in_words(scale: jax.Array) -> jax.Array:
-    return scale.astype(jnp.float32).reshape(1)
-
-
-def _scaled(x: jax.Array, scale: Any) -> jax.Array:
-    # Not every TPU multiplies bfloat16; in float32 the product is exact, and rounded once.
-    return (x.astype(jnp.float32) * scale[0]).astype(x.dtype)
+    )(x, a, b, dy)
+    return dx, da, tuple(db)
 
 
 def _rows_within(x_TxC: jax.Array, first: jax.Array, rows: int) -> jax.Array:
@@ -166,55 +166,46 @@ def _rows_within(x_TxC: jax.Array, first: jax.Array, rows: int) -> jax.Array:
     return jnp.where(row < rows, x_TxC, jnp.zeros_like(x_TxC))
 
 
-def gpu_forward(
-    x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array, *, interpret: bool
-) -> jax.Array:
+def gpu_forward(x: jax.Array, a: jax.Array, b: Sides, *, interpret: bool) -> Sides:
     """As `tpu_forward`."""
-    (clients, positions, width), (_, rank, outputs) = x.shape, b.shape
+    (clients, positions, width), rank = x.shape, a.shape[2]
 
-    def kernel(scale: Any, x: Any, a: Any, b: Any, y: Any) -> None:
+    def kernel(x: Any, a: Any, b: Any, y: Any) -> None:
         place = _Place.of(positions, rank)
-        down_TxR = _narrowed(place, x, a, width).astype(x.dtype) * scale[0]
-        _widened(place, down_TxR, b, y, outputs)
+        down_TxR = _narrowed(place, x, a, width).astype(x.dtype)
+        for one, out in zip(b, y, strict=True):
+            _widened(place, down_TxR, one, out, out.shape[2])
 
-    out = jax.ShapeDtypeStruct((clients, positions, outputs), x.dtype)
-    found: jax.Array = _gpu_call(kernel, clients, positions, out, interpret)(
-        scale.reshape(1), x, a, b
-    )
-    return found
+    out = tuple(jax.ShapeDtypeStruct((clients, positions, one.shape[2]), x.dtype) for one in b)
+    (found,) = _gpu_call(kernel, clients, positions, [out], interpret)(x, a, b)
+    return tuple(found)
 
 
 def gpu_backward(
-    x: jax.Array,
-    a: jax.Array,
-    b: jax.Array,
-    scale: jax.Array,
-    dy: jax.Array,
-    *,
-    interpret: bool,
-) -> tuple[jax.Array, ...]:
+    x: jax.Array, a: jax.Array, b: Sides, dy: Sides, *, interpret: bool
+) -> tuple[jax.Array, jax.Array, Sides]:
     """As `tpu_backward`."""
-    (clients, positions, width), (_, rank, outputs) = x.shape, b.shape
+    (clients, positions, width), rank = x.shape, a.shape[2]
 
-    def kernel(scale: Any, x: Any, a: Any, b: Any, dy: Any, dx: Any, down: Any, u: Any) -> None:
+    def kernel(x: Any, a: Any, b: Any, dy: Any, dx: Any, down: Any, u: Any) -> None:
         place = _Place.of(positions, rank)
-        down_TxR = _narrowed(place, x, a, width)
-        u_TxR = _narrowed(place, dy, b, outputs, transposed=True)
-        place.keep(down, down_TxR)
+        place.keep(down, _narrowed(place, x, a, width))
+        first, *others = (
+            _narrowed(place, wide, one, wide.shape[2], transposed=True)
+            for wide, one in zip(dy, b, strict=True)
+        )
+        u_TxR = sum(others, first)
         place.keep(u, u_TxR)
-        _widened(place, u_TxR.astype(x.dtype) * scale[0], a, dx, width, transposed=True)
+        _widened(place, u_TxR.astype(x.dtype), a, dx, width, transposed=True)
 
     narrow = jax.ShapeDtypeStruct((clients, positions, rank), x.dtype)
     out = [jax.ShapeDtypeStruct(x.shape, x.dtype), narrow, narrow]
-    dx, down_KxTxR, u_KxTxR = _gpu_call(kernel, clients, positions, out, interpret)(
-        scale.reshape(1), x, a, b, dy
-    )
-    dscale = u_KxTxR.astype(jnp.float32) * down_KxTxR.astype(jnp.float32)
-    sums = [
-        jnp.einsum("ktp,ktq->kpq", one, other, preferred_element_type=jnp.float32)
-        for one, other in ((x, u_KxTxR * scale), (down_KxTxR * scale, dy))
-    ]
-    return dx, *sums, jnp.sum(dscale)
+    dx, down_KxTxR, u_KxTxR = _gpu_call(kernel, clients, positions, out, interpret)(x, a, b, dy)
+
+    def summed(one: jax.Array, other: jax.Array) -> jax.Array:
+        return jnp.einsum("ktp,ktq->kpq", one, other, preferred_element_type=jnp.float32)
+
+    return dx, summed(x, u_KxTxR), tuple(summed(down_KxTxR, wide) for wide in dy)
 
 
 def _gpu_call(

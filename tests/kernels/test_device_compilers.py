@@ -78,8 +78,10 @@ def programs(forms):
                 (of(rows, width), of(words, width)),
             )
         for k, t, d, r, f in ((2, 30, 100, 3, 50), (4, 2000, 4096, 16, 1024)):
-            shapes = (of(k, t, d), of(k, d, r), of(k, r, f), of(), of(k, t, f))
-            yield f"adapters forward {d}", forms["forward"], shapes[:4]
+            # Two products of the same activations, as gate and up have.
+            b, dy = ((of(k, *sizes, f), of(k, *sizes, f // 2)) for sizes in ((r,), (t,)))
+            shapes = (of(k, t, d), of(k, d, r), b, dy)
+            yield f"adapters forward {d}", forms["forward"], shapes[:3]
             yield f"adapters backward {d}", forms["backward"], shapes
     for sizes in ((5, 100), (20_000, 1 << 20), (8192, 3072), (655_360, 65_536)):
         shapes = ([f32(13, size) for size in sizes], f32(13, dtype=jnp.bool_), f32())

@@ -36,9 +36,9 @@ def oracle(x, a, b, scale, dy):
 
 
 def gpu(x, a, b, scale, dy):
-    scale = jnp.asarray(scale, jnp.float32).astype(x.dtype)
-    y = pallas.gpu_forward(x, a, b, scale, interpret=True)
-    return y, pallas.gpu_backward(x, a, b, scale, dy, interpret=True)
+    (y,) = pallas.gpu_forward(x, a, (scale * b,), interpret=True)
+    dx, da, (db,) = pallas.gpu_backward(x, a, (scale * b,), (dy,), interpret=True)
+    return y, (dx, da, scale * db)
 
 
 def by_function(implementation):
@@ -72,8 +72,30 @@ def test_equals_the_oracle_at_odd_sizes(form, sizes):
     y, gradients = FORMS[form](x, a, b, 0.7, dy)
     expected_y, expected = oracle(x, a, b, np.float32(0.7), dy)
     close(y, expected_y, 1e-5)
-    for got, wanted in zip(gradients, expected, strict=True):
+    # The kernel itself has no scale, which is a factor of b, nor its cotangent.
+    for got, wanted in zip(gradients, expected, strict=form != "gpu"):
         close(got, wanted, 3e-5)
+
+
+@pytest.mark.parametrize("form", ["tpu", "gpu"])
+def test_products_of_the_same_activations_are_those_of_each_alone(form):
+    """In one call; what each adds to the cotangents of the activations and of a is added up."""
+    forward, backward = (getattr(pallas, f"{form}_{way}") for way in ("forward", "backward"))
+    (x, a, *first), (_, _, *second) = problem(2, 70, 96, 17, 130), problem(2, 70, 96, 17, 33)
+
+    def both(pairs):
+        b, dy = zip(*pairs, strict=True)
+        return forward(x, a, b, interpret=True), backward(x, a, b, dy, interpret=True)
+
+    y, (dx, da, db) = jax.jit(both)([first, second])
+    dxs, das = 0.0, 0.0
+    for place, (b, dy) in enumerate([first, second]):
+        expected_y, expected = oracle(x, a, b, 1.0, dy)
+        close(y[place], expected_y, 1e-5)
+        close(db[place], expected[2], 3e-5)
+        dxs, das = dxs + expected[0], das + expected[1]
+    close(dx, dxs, 3e-5)
+    close(da, das, 3e-5)
 
 
 @pytest.mark.parametrize("form", ["tpu", "gpu"])
@@ -121,7 +143,10 @@ def test_shapes_and_dtypes_that_do_not_fit_are_refused(change, message):
 
 def test_outputs_that_no_block_can_hold_are_refused():
     with pytest.raises(ValueError, match="100000 outputs"):
-        pallas.tpu_positions(128, 1000, 8, 100_000, 4, False)
+        pallas.tpu_positions(128, 1000, 8, [100_000], 4, False)
+    x, a, b, _ = (jnp.ones(shape) for shape in [(1, 1, 1), (1, 1, 1), (1, 1, 400_000), ()])
+    with pytest.raises(ValueError, match=r'400000 outputs .* use implementation "xla"'):
+        many_adapter_matmul(x, a, b, 1.0, "pallas")
 
 
 def both_ways(x, a, b, dy):

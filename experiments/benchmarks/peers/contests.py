@@ -95,17 +95,29 @@ FEDJAX = (
 
 @functools.cache
 def _trial(way: Way, task: str, folder: Path, rounds: int) -> float:
-    with way.side(task, folder, rounds, wait=False) as side:
-        seconds = min(side.finish().steady(1))
+    try:
+        with way.side(task, folder, rounds, wait=False) as side:
+            seconds = min(side.finish().steady(1))
+    except RuntimeError as error:
+        # A way that a machine cannot go, such as a compiler that is not there, is not the fastest.
+        print(f"tried: {way.words}, {task}: {error}", file=sys.stderr, flush=True)
+        return math.inf
     print(f"tried: {way.words}, {task}: {seconds:.3g} s a round", file=sys.stderr, flush=True)
     return seconds
 
 
 def fastest(ways: Sequence[Way], task: str, folder: Path, rounds: int = 3) -> Way:
-    """The way whose best round after the first was the fastest; each is tried once a command."""
+    """The way whose best round after the first was the fastest; each is tried once a command.
+
+    Raises:
+        RuntimeError: none of several could be gone; standard error has the reasons.
+    """
     if len(ways) == 1:
         return ways[0]
-    return min(ways, key=lambda way: _trial(way, task, folder, rounds))
+    best = min(ways, key=lambda way: _trial(way, task, folder, rounds))
+    if math.isinf(_trial(best, task, folder, rounds)):
+        raise RuntimeError(f"{task}: no way to run {best.peer} worked, see the reasons above")
+    return best
 
 
 @dataclass(frozen=True)
@@ -124,6 +136,7 @@ class Contest:
         a_turn: rounds of a turn. Several, where one is over before threads have woken up and caches
             are filled after the turns of others.
         alike: whether all sides take the rows in one order, so that their losses can be compared.
+        same_loss: nats by which losses of the same steps may differ.
     """
 
     task: str
@@ -136,6 +149,7 @@ class Contest:
     trial: int = 3
     a_turn: int = 1
     alike: bool = True
+    same_loss: float = SAME_LOSS
 
     def rows(self, turns: int, warm: int = 1) -> list[Row]:
         """Trains `warm` rounds of each side that do not count and `turns` turns that do."""
@@ -151,7 +165,7 @@ class Contest:
                 for name, way in chosen.items()
             }
             in_turns(list(sides.values()), rounds)
-            rows = [found for name, side in sides.items() for found in self._own(name, side, warm)]
+            rows = [found for name, side in sides.items() for found in self.own(name, side, warm)]
             for peer, least in self.bars.items():
                 times = ratio(sides[peer].steady(warm), sides["ours"].steady(warm))
                 rows.append(row(f"{self.task}: ours against {peer}", times, "x", least, least=True))
@@ -167,12 +181,13 @@ class Contest:
         far = distance(ours.trained(), theirs.trained(), read_factors(folder / "start.npz"))
         start = f"{self.task}: {peer},"
         return [
-            row(f"{start} largest difference of losses", apart, "nats", SAME_LOSS),
+            row(f"{start} largest difference of losses", apart, "nats", self.same_loss),
             row(f"{start} fall of the loss meanwhile", float(losses[1][0] - losses[1][-1]), "nats"),
             row(f"{start} distance of what is trained, over its way", far, ""),
         ]
 
-    def _own(self, name: str, side: Side, warm: int) -> list[Row]:
+    def own(self, name: str, side: Side, warm: int) -> list[Row]:
+        """What a side came to by itself."""
         seconds, start = side.steady(warm), f"{self.task}: {name},"
         if not all(math.isfinite(figure) for figure in seconds):
             raise RuntimeError(f"{side.name} told seconds that are no numbers")

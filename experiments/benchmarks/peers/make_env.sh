@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes the environment of one peer, apart from the project's own.
 #
-#     experiments/benchmarks/peers/make_env.sh plain|flower|pfl|fedjax FOLDER
+#     experiments/benchmarks/peers/make_env.sh plain|plain-cuda|flower|pfl|fedjax FOLDER
 #
 # An environment with PyTorch takes about 1.2 GB. A folder that is complete is left as it is.
 set -euo pipefail
@@ -13,6 +13,12 @@ source "$(dirname "${BASH_SOURCE[0]}")/../environment.sh"
 torch=("torch==2.13.0" "transformers==5.24.0" "peft==0.21.2" "safetensors>=0.6" "numpy>=2.0")
 case "${1:-}" in
     plain)
+        packages=("${torch[@]}")
+        modules="torch, transformers, peft"
+        ;;
+    plain-cuda)
+        # For CPython 3.12 (or what PYTHON312 names) the build has CUDA, several gigabytes of it.
+        PYTHON311="${PYTHON312:-$(command -v python3.12 || true)}"
         packages=("${torch[@]}")
         modules="torch, transformers, peft"
         ;;
@@ -32,7 +38,7 @@ case "${1:-}" in
         modules="fedjax, haiku, jax, optax"
         ;;
     *)
-        echo "usage: $0 plain|flower|pfl|fedjax FOLDER" >&2
+        echo "usage: $0 plain|plain-cuda|flower|pfl|fedjax FOLDER" >&2
         exit 2
         ;;
 esac

@@ -18,6 +18,7 @@ from turns import Turns, arguments
 from fedjax_llm.aggregation import FactorAveraging
 from fedjax_llm.clouds import Cloud, Link
 from fedjax_llm.federation import Federation, FederationState, Participant, Plain
+from fedjax_llm.federation.virtual import flops_per_token
 from fedjax_llm.lora import LoraConfig, LowRank
 from fedjax_llm.models import Batch, Model
 from fedjax_llm.models.checkpoint import read_base
@@ -51,7 +52,8 @@ def federate(task: Task, folder: Path, rounds: int, **settings: Any) -> Federati
     """The federation of a task; `settings` are other arguments of `Federation`."""
     config = load_config(model_folder(folder))
     # No tokenizer: the rows are tokens already.
-    model = Model(config, read_base(model_folder(folder), config), None, model_folder(folder))  # type: ignore[arg-type]
+    base = read_base(model_folder(folder), config, dtype=task.dtype)
+    model = Model(config, base, None, model_folder(folder))  # type: ignore[arg-type]
     return Federation(
         model,
         participants(task, folder),
@@ -65,6 +67,7 @@ def federate(task: Task, folder: Path, rounds: int, **settings: Any) -> Federati
         value_bits=min(FINEST_BITS, 31 - (task.clients - 1).bit_length()),
         measure_error=False,
         seed=task.seed,
+        dtype=task.dtype,
         **settings,
     )
 
@@ -84,15 +87,42 @@ def start(federation: Federation, folder: Path) -> FederationState:
     return state._replace(server=state.server._replace(adapter=adapter))
 
 
+def model_flops(federation: Federation, state: FederationState, task: Task) -> float:
+    """Floating-point operations that a round needs, by the shapes: `clouds.training_flops`.
+
+    What is computed again in the backward pass (`--remat`) does not count, nor what a triangle of
+    attention that is masked costs who computes it.
+    """
+    each = flops_per_token(federation.model, state.server.adapter, task.length, remat=False)
+    return task.tokens * each
+
+
 def main(leads: bool = True) -> None:
     """Builds, then trains a round a turn; of several processes one `leads`, and writes."""
     parser = arguments(__doc__.splitlines()[0], list(TASKS))
     parser.add_argument("--unroll", type=int, default=1, help="layers compiled in a row")
+    parser.add_argument("--remat", action="store_true", help="compute activations twice")
+    parser.add_argument("--at-once", type=int, help="clients; as many as fit if not given")
+    parser.add_argument("--devices", type=int, help="how many to use; all if not given")
     asked = parser.parse_args()
     turns, task = Turns(asked.wait), TASKS[asked.task]
-    federation = federate(task, asked.folder, asked.rounds, unroll=asked.unroll)
+    devices = jax.devices()[: asked.devices]
+    federation = federate(
+        task,
+        asked.folder,
+        asked.rounds,
+        unroll=asked.unroll,
+        remat=asked.remat,
+        clients_at_once=asked.at_once,
+        devices=devices,
+    )
     state = start(federation, asked.folder)
-    turns.ready(jax=jax.__version__, devices=jax.device_count(), group=federation.layout.group)
+    turns.ready(
+        jax=jax.__version__,
+        devices=len(devices),
+        group=federation.layout.group,
+        flops=model_flops(federation, state, task),
+    )
     for _ in range(asked.rounds):
         started = turns.go()
         state, report = federation.run_round(state, donate=True)

@@ -27,6 +27,27 @@ RANDOM = {
     "tie_word_embeddings": True,
     "hidden_act": "silu",
 }
+# The sizes of Llama 3.2 1B: 1,235,814,400 weights. Its rotary stretching would change no product.
+BILLION = RANDOM | {
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128_256,
+    "max_position_embeddings": 8192,
+    "rope_theta": 500_000.0,
+}
+# In its proportions, to try the whole path where there is no accelerator.
+BILLION_TINY = BILLION | {
+    "hidden_size": 64,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+}
+DRAWN = {"random": RANDOM, "billion": BILLION, "billion-tiny": BILLION_TINY}
 
 
 def prepare(task: Task, folder: Path) -> None:
@@ -48,9 +69,13 @@ def prepare(task: Task, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     key = jax.random.key(task.seed)
-    if task.model == "random":
-        config = DecoderConfig.from_hf(RANDOM)
-        write_base(model_folder(folder), config, init_base(config, key))
+    if task.model in DRAWN:
+        config = DecoderConfig.from_hf(DRAWN[task.model])
+        # As one program, so that a billion weights are not in memory in float32 as well.
+        drawn = jax.jit(
+            lambda key: jax.tree.map(lambda w: w.astype(task.dtype), init_base(config, key))
+        )
+        write_base(model_folder(folder), config, drawn(key))
     else:
         source = SHARED / "models" / task.model
         if not source.is_dir():

@@ -1,6 +1,7 @@
 """Ours against Flower's simulation, pfl-research, FedJAX and a plain PyTorch and PEFT loop.
 
     command   python experiments/benchmarks/peers/run.py [--only PART ...] [--turns 5] [--json FILE]
+    on an accelerator   ... run.py --only accelerator kernels
     machine, time and result: experiments/benchmarks/README.md, "Peers"
 
 Each peer runs in an environment of its own, which is made where it is missing (make_env.sh; four of
@@ -20,6 +21,9 @@ counts as start-up. Parts:
 - host: what a round takes outside its compiled program, for "decoder" and "thousand": all but the
   stage "train" of its report, to which the start of the program and a check of its result belong.
 - processes: two processes with a core each and eight clients, against one with a core and four.
+- accelerator: model FLOP utilisation of a round of 16 clients on a decoder of a billion weights in
+  bfloat16, and against the plain loop on the same device; see accelerator.py.
+- kernels: each kernel's share of its roofline, on an accelerator; see ../kernels.py.
 """
 
 import argparse
@@ -35,6 +39,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+from accelerator import accelerator, kernels  # noqa: E402
 from contests import (  # noqa: E402
     FEDJAX,
     FLOWER,
@@ -190,7 +195,18 @@ def processes(turns: int) -> list[Row]:
 
 
 PARTS: dict[str, Part] = {
-    part.__name__: part for part in (decoder, command, thousand, emnist, memory, host, processes)
+    part.__name__: part
+    for part in (
+        decoder,
+        command,
+        thousand,
+        emnist,
+        memory,
+        host,
+        processes,
+        accelerator,
+        kernels,
+    )
 }
 
 

@@ -21,11 +21,17 @@ CACHE = Path(os.environ.get("FEDJAX_LLM_PEERS", Path(tempfile.gettempdir()) / "f
 def python_of(peer: str) -> Path:
     """The interpreter of a peer's environment, which is made where it is missing; "ours" is ours.
 
+    FEDJAX_LLM_PEERS_PYTHON_PLAIN_CUDA and its like name an interpreter that has a peer's packages
+    already.
+
     Raises:
         CalledProcessError: it cannot be made.
     """
     if peer == "ours":
         return Path(sys.executable)
+    there = os.environ.get(f"FEDJAX_LLM_PEERS_PYTHON_{peer.upper().replace('-', '_')}")
+    if there:
+        return Path(there)
     folder = CACHE / "environments" / peer
     if not (folder / "complete").exists():
         print(f"makes the environment of {peer}, once ...", file=sys.stderr, flush=True)

@@ -39,10 +39,12 @@ class Task:
         batch: rows a step, B, and rows of a client.
         length: tokens a row, T.
         learning_rate: of the clients.
-        model: "random" for the decoder of `prepare.RANDOM`, or a folder of the shared models.
+        model: a name in `prepare.DRAWN` for weights drawn at random, or a folder of the shared
+            models.
         rank: of the adapter on all seven projections.
         alpha: the update is multiplied by alpha / rank.
         seed: of weights, rows and adapter.
+        dtype: of weights and matrix products, as numpy and PyTorch name it; the adapter is float32.
     """
 
     clients: int
@@ -54,6 +56,7 @@ class Task:
     rank: int = 8
     alpha: float = 16.0
     seed: int = 0
+    dtype: str = "float32"
 
     @property
     def tokens(self) -> int:
@@ -69,6 +72,9 @@ TASKS: dict[str, Task] = {
     # For peak memory: the cohort alone differs.
     "cohort-100": Task(100, 1, 1, 64, 0.02, "stories260K"),
     "cohort-10000": Task(10_000, 1, 1, 64, 0.02, "stories260K"),
+    # For an accelerator: sixteen clients of a billion parameters, and the same in small.
+    "billion": Task(16, 2, 1, 1024, 0.1, "billion", dtype="bfloat16"),
+    "billion-tiny": Task(16, 2, 1, 32, 0.5, "billion-tiny", dtype="bfloat16"),
 }
 
 

@@ -14,11 +14,14 @@ from numpy.typing import NDArray
 from tasks import ATTENTION, PROJECTIONS, Task, model_folder, read_factors
 
 
-def load(task: Task, folder: Path) -> peft.PeftModel:
-    """The model with the adapter that everybody starts from."""
+def load(task: Task, folder: Path, device: str = "cpu") -> peft.PeftModel:
+    """The model with the adapter that everybody starts from, on a device.
+
+    The adapter is float32 whatever the base is: PEFT sees to that.
+    """
     base = transformers.AutoModelForCausalLM.from_pretrained(
-        model_folder(folder), dtype=torch.float32, attn_implementation="sdpa"
-    )
+        model_folder(folder), dtype=getattr(torch, task.dtype), attn_implementation="sdpa"
+    ).to(device)
     base.config.use_cache = False
     model = peft.get_peft_model(
         base,
@@ -45,11 +48,14 @@ def local_steps(
 ) -> list[torch.Tensor]:
     """One client's local update in place; returns the loss of each step, in nats, no gradients."""
     optimizer = torch.optim.SGD(trained(model), lr=task.learning_rate)
-    batch = torch.from_numpy(np.array(tokens_BxT, np.int64))
+    batch = torch.from_numpy(np.array(tokens_BxT, np.int64)).to(model.device)
+    dtype = getattr(torch, task.dtype)
     losses = []
     for _ in range(task.steps):
         optimizer.zero_grad()
-        loss = model(input_ids=batch, labels=batch).loss
+        # Without it the products of a float32 adapter on a bfloat16 base are float32 too.
+        with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
+            loss = model(input_ids=batch, labels=batch).loss
         loss.backward()
         optimizer.step()
         losses.append(loss.detach())
@@ -58,7 +64,7 @@ def local_steps(
 
 def values(model: peft.PeftModel) -> list[NDArray[np.float32]]:
     """Copies of the adapter's parameters, in the model's order."""
-    return [parameter.detach().numpy().copy() for parameter in trained(model)]
+    return [parameter.detach().cpu().numpy().copy() for parameter in trained(model)]
 
 
 @torch.no_grad()
@@ -82,7 +88,7 @@ def factors(model: peft.PeftModel) -> dict[str, NDArray[np.float32]]:
     layers = 1 + max(layer for _, layer, _ in places)
     return {
         f"{name}.{side}": np.stack(
-            [places[name, layer, side].detach().numpy().T for layer in range(layers)]
+            [places[name, layer, side].detach().cpu().numpy().T for layer in range(layers)]
         )
         for name in PROJECTIONS
         for side in "ab"
