@@ -40,8 +40,10 @@ def backward(saved: Saved, dy_NxF: Sides) -> tuple[jax.Array, Sides, Sides, jax.
     # A constant arrives as the number that it is.
     by = jnp.asarray(scale, x_NxD.dtype)
     u_NxR = jnp.concatenate([dy @ (b * by).T for dy, b in zip(dy_NxF, b_RxF, strict=True)], axis=-1)
-    # On a CPU the product with few rows is up to nine times as fast as the one with few columns.
-    da_DxR = split(_outer_sum(u_NxR, x_NxD).T, a_DxR)
+    # On a CPU the product with few rows is up to nine times as fast as the one with few columns,
+    # which XLA would make of it and the transposition if it saw both.
+    da_RxD = jax.lax.optimization_barrier(_outer_sum(u_NxR, x_NxD))
+    da_DxR = split(da_RxD.T, a_DxR)
     unscaled_RxF = [
         _outer_sum(down, dy) for down, dy in zip(split(down_NxR, a_DxR), dy_NxF, strict=True)
     ]
