@@ -9,7 +9,8 @@ chosen once, over the whole corpus, and each cloud evaluates on what it has of t
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from fedjax_llm.data.corpus import CorpusSpec, ReadRows
+from fedjax_llm.data.cloud_records import ReadRows
+from fedjax_llm.data.corpus_spec import CorpusSpec
 from fedjax_llm.data.harmonise.ledger import Ledger, Step
 from fedjax_llm.data.mapping import MappingReport
 from fedjax_llm.data.partition import EmptyClient, Iid, Way, partition

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_llm.errors import UserError
-from fedjax_llm.federation.cohort import ClientState
+from fedjax_llm.federation.client_values import ClientState
 from fedjax_llm.federation.fitting import evened, most_that_fit, program_bytes, usable
 from fedjax_llm.federation.layout import CohortLayout, Memory
 from fedjax_llm.federation.message import MessageCodec

@@ -4,7 +4,7 @@ Rows of all clouds are put in one table and cut into micro-batches of a fixed si
 spread over the devices; a row's loss therefore has the same bytes on one device and on several.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -69,6 +69,26 @@ class HeldOut:
             (float(nll_N[end - rows : end].sum()), int(tokens_N[end - rows : end].sum()))
             for end, rows in zip(ends, self._rows, strict=True)
         ]
+
+    def losses(
+        self, base: PyTree, adapters: Iterable[Adapter], members: Mapping[str, Sequence[int]]
+    ) -> dict[str, float]:
+        """Returns each cloud's loss in nats per token that counts.
+
+        Args:
+            base: on the devices.
+            adapters: on the devices; one for all clients, or one of each, which are taken one by
+                one.
+            members: the clients of each cloud, by its name.
+        """
+        found = [self.sums(base, adapter) for adapter in adapters]
+        losses = {}
+        for name, clients in members.items():
+            # A client with an adapter of its own is measured with that one.
+            sums = [found[k if len(found) > 1 else 0][k] for k in clients]
+            tokens = sum(count for _, count in sums)
+            losses[name] = sum(nll for nll, _ in sums) / max(tokens, 1)
+        return losses
 
     @property
     def rows(self) -> int:

@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 from fedjax_llm.clouds.site import Opening, Size
 from fedjax_llm.errors import UserError
 from fedjax_llm.federation import processes
+from fedjax_llm.federation.assembly import Assembly
 from fedjax_llm.federation.message import MessageCodec, WeightCodec
-from fedjax_llm.federation.sums import HiddenMode, Selective
+from fedjax_llm.federation.roster import Roster
+from fedjax_llm.federation.sums import HiddenMode, Plain, Selective, SumMode
 from fedjax_llm.secure.sums import SecureSum, checked_clients, collect
 
 OnStage = Callable[[str], None]
@@ -152,6 +154,26 @@ class HiddenSums:
             np.stack(totals) if self._apart else totals[0]
         )
         return opened
+
+
+def hidden_sums(mode: SumMode, parts: Assembly, roster: Roster) -> HiddenSums | None:
+    """Opens the sums between the clouds of a federation; None for a sum on the devices.
+
+    Args:
+        mode: which kind.
+        parts: recipe, codecs and groups.
+        roster: the clients.
+
+    Raises:
+        UserError, Refused: as `HiddenSums`.
+    """
+    if isinstance(mode, Plain):
+        return None
+    wanted: list[Codec] = [codec for codecs in parts.codecs for codec in codecs]
+    if parts.recipe.sums_weights:
+        wanted.append(WeightCodec)
+    most = max(len(roster.members(cloud)) for cloud in range(len(roster.clouds)))
+    return HiddenSums(mode, roster.names, parts.groups, most, wanted)
 
 
 @dataclass

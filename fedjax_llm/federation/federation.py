@@ -14,35 +14,30 @@ import numpy as np
 
 from fedjax_llm.aggregation import AggregationRule, LossWeights, Weights
 from fedjax_llm.clouds.schedules import Schedule, Synchronous
-from fedjax_llm.errors import Refused
-from fedjax_llm.federation.assembly import Settings, assemble
+from fedjax_llm.federation.assembly import Settings
 from fedjax_llm.federation.calendar import Calendar
 from fedjax_llm.federation.compressor import Compression
 from fedjax_llm.federation.engine import Engine
-from fedjax_llm.federation.evaluation import HeldOut
-from fedjax_llm.federation.exchange import Codec, HiddenSums, OnStage
-from fedjax_llm.federation.fitting import on_a_cpu
-from fedjax_llm.federation.keys import Seeds, seed_key
+from fedjax_llm.federation.exchange import HiddenSums, OnStage
+from fedjax_llm.federation.keys import roots_of
 from fedjax_llm.federation.layout import CohortLayout, Memory
 from fedjax_llm.federation.link_promises import check_cycles
+from fedjax_llm.federation.machinery import Placing, machinery
 from fedjax_llm.federation.mesh import MeshShape
-from fedjax_llm.federation.message import WeightCodec
-from fedjax_llm.federation.planned_sums import planned_sums
 from fedjax_llm.federation.programs import RoundPrograms
 from fedjax_llm.federation.promises import Combination
 from fedjax_llm.federation.recipe import Attackers, Recipe
 from fedjax_llm.federation.reports import RoundReport, report
-from fedjax_llm.federation.roads import BeforeOpening, Road
+from fedjax_llm.federation.roads import BeforeOpening
 from fedjax_llm.federation.roster import Roster
-from fedjax_llm.federation.rounds import Rounds
 from fedjax_llm.federation.spending import Spending
 from fedjax_llm.federation.state import FederationState, adapter_of, init_state
-from fedjax_llm.federation.sums import Plain, Selective, SumMode
+from fedjax_llm.federation.statement import statement
+from fedjax_llm.federation.sums import SumMode, encrypted_fraction
 from fedjax_llm.federation.tables import Participant, check_participants
-from fedjax_llm.federation.virtual import Almanac, flops_per_token
 from fedjax_llm.lora import Adapter, LoraConfig, add_dense
-from fedjax_llm.models import Model, loss
-from fedjax_llm.privacy import PrivacyPlan, is_secret
+from fedjax_llm.models import Model
+from fedjax_llm.privacy import PrivacyPlan
 from fedjax_llm.training import LocalTraining
 
 PyTree = Any
@@ -135,15 +130,7 @@ class Federation:
         self.schedule = schedule or Synchronous()
         self.steps = plan.rounds if steps is None else steps
         self._training = training
-        self._seed = _seeds(seed, noise_key, plan)
-        length = participants[0].train.tokens_BxT.shape[1]
-        group = clients_at_once
-        if group is None:
-            # On an accelerator that is where it starts from, see `run_round`.
-            group = on_a_cpu(len(participants), training.microbatch * length)
-        layout = CohortLayout.over(len(participants), group, devices, mesh)
-        where: Memory = "device" if rows == "auto" else rows
-        roster = Roster(participants, layout, training, plan, weights, lora.rank, self._seed, where)
+        self._seed = roots_of(seed, noise_key, plan)
         settings = Settings(
             lora=lora,
             training=training,
@@ -161,56 +148,18 @@ class Federation:
             remat=remat,
             unroll=unroll,
         )
-        parts = assemble(model, settings, roster, layout)
-        self._sizes = parts.sizes
-        road = Road(
-            layout.place_base(model.config, model.base),
-            layout,
-            self._seed,
+        parts = machinery(
+            model,
             self.participants,
-            # Stopping by name would release what unit `client` hides: there the codec sends zeros.
-            # With unit `example` an update follows from noised sums alone, and so does this error.
-            plan.unit != "client",
-            parts.recipe.sums_weights,
+            settings,
+            Placing(clients_at_once, devices, mesh, rows, evaluation_microbatch),
+            weights=weights,
+            timed_as=timed_as,
+            steps=self.steps,
+            seed=seed,
+            roots=self._seed,
         )
-        engine = Engine.of(roster, parts.recipe, road, parts.codecs)
-        self._held_out = HeldOut(
-            layout,
-            [participant.evaluation for participant in participants],
-            lambda base, adapter, batch: loss(model.config, base, adapter, batch, dtype=dtype),
-            evaluation_microbatch,
-        )
-        self._hidden: HiddenSums | None = None
-        if not isinstance(sum_mode, Plain):
-            wanted: list[Codec] = [codec for codecs in parts.codecs for codec in codecs]
-            if parts.recipe.sums_weights:
-                wanted.append(WeightCodec)
-            clouds = range(len(roster.clouds))
-            most = max(len(roster.members(cloud)) for cloud in clouds)
-            self._hidden = HiddenSums(sum_mode, roster.names, parts.groups, most, wanted)
-        self._almanac = Almanac(
-            self.schedule,
-            roster,
-            parts.sizes,
-            parts.codecs,
-            self._hidden if timed_as is None else planned_sums(timed_as, parts, roster),
-            parts.recipe.replicas.fragments if parts.recipe.replicas else 1,
-            flops_per_token(model, parts.server.adapter, length, remat),
-            length,
-            seed,
-        )
-        self._rounds = Rounds(
-            engine,
-            rule,
-            plan,
-            self.schedule,
-            settings.robust,
-            self._hidden,
-            self._almanac,
-            self.steps,
-            clients_at_once is not None,
-            rows == "auto",
-        )
+        self._rounds, self._held_out, self._sizes = parts.rounds, parts.held_out, parts.sizes
         check_cycles(plan, self.calendar, self.steps)
 
     @property
@@ -236,6 +185,10 @@ class Federation:
         return self._engine.road.base
 
     @property
+    def _hidden(self) -> HiddenSums | None:
+        return self._rounds.hidden
+
+    @property
     def clients_at_once(self) -> int:
         """Clients in one vmap on a device.
 
@@ -256,7 +209,7 @@ class Federation:
     @property
     def calendar(self) -> Calendar:
         """Who does what when, in virtual time; known before anything is trained."""
-        return self._almanac.calendar(self.steps)
+        return self._rounds.almanac.calendar(self.steps)
 
     @property
     def spending(self) -> Spending:
@@ -282,33 +235,12 @@ class Federation:
 
     def statement(self) -> str:
         """Who can decrypt what; a run prints it before it starts."""
-        if self._hidden is None:
-            return Plain().statement()
-        words = self._hidden.statement()
-        if len(self.participants) > len(self.names):
-            words += (
-                ". Clients of one cloud are summed inside it in the plain: their own cloud sees "
-                "their updates, nobody else does"
-            )
-        sums = self.rule.stages + self._recipe.sums_weights
-        if sums > 1:
-            words += f". Each round opens {sums} sums of the same clouds"
-        if self._recipe.sums_weights:
-            words += ", the first of the clients' weights, and all see it"
-        if isinstance(self.sum_mode, Selective):
-            words += (
-                ". Each cloud adds the whole noise itself, so that the epsilon per example holds "
-                "for what it sends in the clear as well; it hides one example, not what a cloud's "
-                "examples have in common, which the clear part shows for each cloud by itself"
-            )
-        return words
+        return statement(self.sum_mode, self._hidden, self._recipe)
 
     @property
     def encrypted_fraction(self) -> float:
         """Parameters that leave a cloud encrypted or masked, over all that it sends."""
-        if isinstance(self.sum_mode, Selective):
-            return self.sum_mode.selection.fraction
-        return 0.0 if self._hidden is None else 1.0
+        return encrypted_fraction(self.sum_mode)
 
     def init(self) -> FederationState:
         """Returns the state before the first round."""
@@ -347,23 +279,13 @@ class Federation:
 
     def evaluate(self, state: FederationState) -> dict[str, float]:
         """Returns each cloud's held-out loss in nats per answer token."""
-        residual = state.server.residual
-        base = self._base
+        residual, base, place = state.server.residual, self._base, self.layout.replicate
         if residual:
-            base = _with_residual(base, self.layout.replicate(residual))
+            base = _with_residual(base, place(residual))
         clients = range(len(self.participants)) if self.rule.kept else (None,)
-        found = [
-            self._held_out.sums(base, self.layout.replicate(adapter_of(self.rule, state, client)))
-            for client in clients
-        ]
-        losses = {}
-        for cloud, name in enumerate(self.names):
-            # A client with an adapter of its own is measured with that one.
-            members = self.roster.members(cloud)
-            sums = [found[k if self.rule.kept else 0][k] for k in members]
-            tokens = sum(count for _, count in sums)
-            losses[name] = sum(nll for nll, _ in sums) / max(tokens, 1)
-        return losses
+        adapters = (place(adapter_of(self.rule, state, client)) for client in clients)
+        members = {name: self.roster.members(cloud) for cloud, name in enumerate(self.names)}
+        return self._held_out.losses(base, adapters, members)
 
     def rounds(
         self, state: FederationState, count: int
@@ -404,12 +326,7 @@ class Federation:
                 more rounds. The state is unchanged.
         """
         number = int(state.round) + 1
-        if self.plan.unit != "none" and self.spending.rounds(number) > self.plan.allowed_rounds:
-            within = "" if self.plan.budget is None else f" within epsilon {self.plan.budget:g}"
-            raise Refused(
-                f"round {number}: the privacy plan accounts for {self.plan.allowed_rounds} "
-                f"rounds{within}; plan more, at a larger epsilon"
-            )
+        self.spending.check(number)
         done = self._rounds.run(state, number, on_stage, before_opening, donate)
         outcome, ledger = done.outcome, done.ledger
         phase = self.rule.phase(number)
@@ -447,19 +364,3 @@ class Federation:
 
 
 _with_residual = jax.jit(add_dense)
-
-
-def _seeds(seed: int, noise_key: jax.Array | None, plan: PrivacyPlan) -> jax.Array | Seeds:
-    """The roots of randomness, if they are those that the plan names."""
-    if noise_key is not None and not is_secret(noise_key):
-        raise Refused(
-            "the noise key is one of JAX's own, of 64 bits or fewer; make it with "
-            "privacy.secret_key"
-        )
-    if (plan.generator == "system") != (noise_key is not None):
-        raise Refused(
-            f"the plan says that noise comes from the {plan.generator}, and the federation has "
-            f"{'a' if noise_key is not None else 'no'} secret noise key; make them agree"
-        )
-    public = seed_key(seed)
-    return public if noise_key is None else Seeds(public, noise_key)

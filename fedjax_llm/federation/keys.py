@@ -15,6 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedjax_llm.errors import Refused
+from fedjax_llm.privacy import PrivacyPlan, is_secret
+
 
 class Purpose(enum.IntEnum):
     """What a draw is for. The numbers are part of a run's identity: never renumber them."""
@@ -68,6 +71,31 @@ def seed_key(seed: int) -> jax.Array:
     """
     halves = np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32)
     return jax.random.wrap_key_data(jnp.asarray(halves), impl="threefry2x32")
+
+
+def roots_of(seed: int, noise_key: jax.Array | None, plan: PrivacyPlan) -> jax.Array | Seeds:
+    """The roots of a run's randomness, if they are those that its privacy plan names.
+
+    Args:
+        seed: in [0, 2^64).
+        noise_key: of noise and samples, from `privacy.secret_key`; None for those of the seed.
+        plan: says whether noise comes from the seed or from the operating system.
+
+    Raises:
+        Refused: a noise key that is not secret, is missing or is not meant to be there.
+    """
+    if noise_key is not None and not is_secret(noise_key):
+        raise Refused(
+            "the noise key is one of JAX's own, of 64 bits or fewer; make it with "
+            "privacy.secret_key"
+        )
+    if (plan.generator == "system") != (noise_key is not None):
+        raise Refused(
+            f"the plan says that noise comes from the {plan.generator}, and the federation has "
+            f"{'a' if noise_key is not None else 'no'} secret noise key; make them agree"
+        )
+    public = seed_key(seed)
+    return public if noise_key is None else Seeds(public, noise_key)
 
 
 def key_for(

@@ -18,7 +18,7 @@ from fedjax_llm.federation.calendar import Calendar
 from fedjax_llm.federation.message import WeightCodec
 from fedjax_llm.federation.planned_sums import PlannedSums, planned_sums
 from fedjax_llm.federation.roster import Roster
-from fedjax_llm.federation.virtual import Almanac, flops_per_token
+from fedjax_llm.federation.virtual import almanac_of
 from fedjax_llm.models import Model
 
 
@@ -163,17 +163,7 @@ def outlook(
         UserError: a schedule that does not fit the clouds, or a step that is never done.
     """
     sums = planned_sums(settings.sum_mode, parts, roster)
-    almanac = Almanac(
-        settings.schedule,
-        roster,
-        parts.sizes,
-        parts.codecs,
-        sums,
-        parts.recipe.replicas.fragments if parts.recipe.replicas else 1,
-        flops_per_token(model, parts.server.adapter, length, settings.remat),
-        length,
-        seed,
-    )
+    almanac = almanac_of(model, settings, parts, roster, sums, length, seed)
     return Outlook(settings, parts, roster, almanac.calendar(steps), sums, length)
 
 

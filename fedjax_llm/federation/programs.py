@@ -5,31 +5,27 @@
 
 A rule of two stages, or weights that follow from results, put one more sum between the two. The
 pieces are the same functions on both roads, kept apart by optimisation barriers where they share a
-program, so that XLA cannot fuse across a sum and both end in the same bytes. Where only a sum is
-wanted it grows while the clients follow each other, and no message outlives its group.
+program, so that XLA cannot fuse across a sum and both end in the same bytes.
 
 Notation: K' clients with padding, P numbers of a message.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.flatten_util import ravel_pytree
 
-from fedjax_llm.federation.cohort import Client, ClientInputs, ClientState, Local, Shared
-from fedjax_llm.federation.keys import Purpose, key_for
+from fedjax_llm.federation.attacked import attacked
+from fedjax_llm.federation.client_values import ClientInputs, ClientState, Local, Shared
+from fedjax_llm.federation.cohort import Client
 from fedjax_llm.federation.message import EncodedMessage, MessageCodec, WeightCodec
 from fedjax_llm.federation.recipe import Applied, Global, Recipe, Sums
 from fedjax_llm.federation.server import Server
+from fedjax_llm.federation.summing import Summed, no_ints, sent_by_all
+from fedjax_llm.federation.waiting import kept, landed
 from fedjax_llm.lora import add_dense
 
 PyTree = Any
-# How messages leave the clients' part of a program: each by itself, added up as the server wants
-# them (in all or by group), or by cloud.
-Summed = Literal["each", "server", "cloud"]
 
 
 class RoundPrograms:
@@ -70,8 +66,8 @@ class RoundPrograms:
         self.round = jax.jit(self._round)
         self.last_round = jax.jit(self._round, donate_argnums=(1, 2))
         everywhere = recipe.layout.everywhere
-        self.kept = jax.jit(lambda *given: everywhere(_kept(*given)))
-        self.landed = jax.jit(lambda *given: everywhere(_landed(*given)))
+        self.kept = jax.jit(lambda *given: everywhere(kept(*given)))
+        self.landed = jax.jit(lambda *given: everywhere(landed(*given)))
         self.total = jax.jit(self._server.total)
 
     @property
@@ -151,46 +147,13 @@ class RoundPrograms:
             return nothing, (local, message._replace(memory=client.state.memory))
 
         may_idle = self._client.may_idle
-        local, message = self._sent(one, idle if may_idle else None, summed)(shared, clients)
+        local, message = sent_by_all(self._recipe, one, idle if may_idle else None, summed)(
+            shared, clients
+        )
         # Read on the host, which may hold some of the devices only.
         everywhere = self._recipe.layout.everywhere
         local = local._replace(metrics=everywhere(local.metrics))
         return local, message._replace(norm=everywhere(message.norm))
-
-    def _sent(
-        self,
-        one: Callable[..., tuple[PyTree, EncodedMessage]],
-        idle: Callable[[PyTree, PyTree], tuple[jax.Array, PyTree]] | None,
-        summed: Summed,
-    ) -> Callable[..., tuple[PyTree, EncodedMessage]]:
-        """Of all clients, from `(shared, client) -> (result, message)`.
-
-        The integers are [K', P], or sums: [P] in all, [G, P] by group, [C, P] by cloud.
-        """
-        layout = self._recipe.layout
-        if summed == "each":
-            return layout.map_clients(one, idle, self._recipe.sampled)
-        part_of = self._recipe.clouds if summed == "cloud" else self._recipe.groups
-
-        def split(shared: PyTree, client: PyTree) -> tuple[PyTree, jax.Array]:
-            result, message = one(shared, client)
-            return (result, message._replace(ints_P=_no_ints())), message.ints_P
-
-        def idle_split(client: PyTree, shapes: PyTree) -> tuple[jax.Array, PyTree]:
-            assert idle is not None
-            (result, message), ints_P = shapes
-            nothing, (result, message) = idle(client, (result, message._replace(ints_P=ints_P)))
-            return nothing, ((result, message._replace(ints_P=_no_ints())), message.ints_P)
-
-        def of_all(shared: PyTree, clients: PyTree) -> tuple[PyTree, EncodedMessage]:
-            part_K, parts = _padded_parts(part_of, layout.padded)
-            mapped = layout.sum_clients(
-                split, parts, idle_split if idle else None, self._recipe.sampled
-            )
-            (results, message), sums_CxP = mapped(shared, clients, part_K)
-            return results, message._replace(ints_P=sums_CxP[0] if part_of is None else sums_CxP)
-
-        return of_all
 
     def _weigh(
         self,
@@ -222,48 +185,19 @@ class RoundPrograms:
         layout, client = self._recipe.layout, self._client
         clients, shared = clients.without_rows(), self._shared({}, state, number, seed)
         attackers = self._recipe.attackers
-        if attackers is None:
+        if attackers is not None:
+            return attacked(attackers, layout, client, stage, shared, clients, local, sums)
 
-            def one(
-                everything: tuple[Shared, Sums], pair: tuple[ClientInputs, Local]
-            ) -> tuple[tuple[()], EncodedMessage]:
-                shared, sums = everything
-                return (), client.send(stage, shared, *pair, sums.public, sums.inverse_weight)
-
-            message: EncodedMessage = self._sent(one, None, summed)(
-                (shared, sums), (clients, local)
-            )[1]
-            return message._replace(norm=layout.everywhere(message.norm))
-
-        def honest(
+        def one(
             everything: tuple[Shared, Sums], pair: tuple[ClientInputs, Local]
-        ) -> tuple[jax.Array, PyTree]:
+        ) -> tuple[tuple[()], EncodedMessage]:
             shared, sums = everything
-            upload = client.upload(stage, shared, *pair, sums.public, sums.inverse_weight)
-            return ravel_pytree(upload.message)[0], upload.control
+            return (), client.send(stage, shared, *pair, sums.public, sums.inverse_weight)
 
-        messages_KxP, control_K = layout.map_clients(honest)((shared, sums), (clients, local))
-        padding = (False,) * (layout.padded - len(attackers.malicious))
-        messages_KxP = attackers.attack(
-            messages_KxP,
-            jnp.asarray(attackers.malicious + padding),
-            clients.participates,
-            key_for(seed, Purpose.ATTACK, number, stage),
-            attackers.scale,
-        )
-
-        def encoded(
-            shared: Shared, inputs: tuple[jax.Array, PyTree, ClientInputs]
-        ) -> EncodedMessage:
-            message_P, control, one = inputs
-            whole_P = jnp.concatenate([message_P, ravel_pytree(control)[0]])
-            tree = self.codecs[stage].unravel(whole_P)
-            return client.encoded(stage, shared, one, tree, ())
-
-        encoded_K: EncodedMessage = layout.map_clients(encoded)(
-            shared, (messages_KxP, control_K, clients)
-        )
-        return encoded_K._replace(norm=layout.everywhere(encoded_K.norm))
+        message: EncodedMessage = sent_by_all(self._recipe, one, None, summed)(
+            (shared, sums), (clients, local)
+        )[1]
+        return message._replace(norm=layout.everywhere(message.norm))
 
     # What the server does with it.
 
@@ -346,7 +280,7 @@ class RoundPrograms:
         total = total_of(sent)
         applied = self._apply(total, inverse, state, clients, local, sums, seed, number)
         # The individual messages and results stay inside the program.
-        first = first._replace(ints_P=_no_ints(), memory=())
+        first = first._replace(ints_P=no_ints(), memory=())
         local = local._replace(after={}, control=(), state=remembered(local.state, sent))
         # Read on the host; a barrier lies where its other readers want it.
         read = (local.metrics, first.norm, limbs_Kx4)
@@ -357,36 +291,6 @@ class RoundPrograms:
 def remembered(clients: ClientState, message: EncodedMessage) -> ClientState:
     """What clients carry on after their last message of a round."""
     return clients._replace(memory=message.memory)
-
-
-def _no_ints() -> jax.Array:
-    """In the place of integers that have been added up."""
-    return jnp.zeros((), jnp.int32)
-
-
-def _padded_parts(part_of: Sequence[int] | None, padded: int) -> tuple[jax.Array, int]:
-    """To which sum each of K' clients adds, int32, and how many sums there are."""
-    part_K = np.zeros(padded, np.int32)
-    if part_of is None:
-        return jnp.asarray(part_K), 1
-    part_K[: len(part_of)] = part_of
-    return jnp.asarray(part_K), max(part_of) + 1
-
-
-def _kept(
-    pending_SxKxP: jax.Array, ints_KxP: jax.Array, slot_K: jax.Array, sends_K: jax.Array
-) -> jax.Array:
-    """The messages that have not landed, with those of a wave among them."""
-    clients = jnp.arange(slot_K.shape[0])
-    own_KxP = pending_SxKxP[slot_K, clients]
-    new_KxP = jnp.where(sends_K[:, None], ints_KxP[: slot_K.shape[0]], own_KxP)
-    return pending_SxKxP.at[slot_K, clients].set(new_KxP)
-
-
-def _landed(pending_SxKxP: jax.Array, slot_K: jax.Array, lands_K: jax.Array) -> jax.Array:
-    """The messages that land, int32 [K, P]; zeros of the others."""
-    own_KxP = pending_SxKxP[slot_K, jnp.arange(slot_K.shape[0])]
-    return jnp.where(lands_K[:, None], own_KxP, 0)
 
 
 def _zeros(shape: jax.ShapeDtypeStruct) -> jax.Array:

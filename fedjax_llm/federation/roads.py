@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedjax_llm.errors import UserError
-from fedjax_llm.federation.cohort import ClientInputs, ClientState
+from fedjax_llm.federation.client_values import ClientInputs, ClientState
 from fedjax_llm.federation.exchange import Codec, HiddenSums, Ledger, OnStage
 from fedjax_llm.federation.keys import Seeds
 from fedjax_llm.federation.layout import CohortLayout

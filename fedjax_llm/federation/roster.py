@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from fedjax_llm.aggregation import LossWeights, Weights
 from fedjax_llm.errors import UserError
 from fedjax_llm.federation.calendar import Landing, Wave
-from fedjax_llm.federation.cohort import ClientInputs, ClientState
+from fedjax_llm.federation.client_values import ClientInputs, ClientState
 from fedjax_llm.federation.host_rows import packed
 from fedjax_llm.federation.keys import Purpose, Seeds, key_for
 from fedjax_llm.federation.layout import CohortLayout, Memory

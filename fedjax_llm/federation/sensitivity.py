@@ -25,7 +25,7 @@ from fedjax_llm.federation.objective import row_loss
 from fedjax_llm.lora import LoraConfig, init_adapter
 from fedjax_llm.models import Batch, DecoderConfig, Model
 from fedjax_llm.models.checkpoint import TensorFiles, layer_module
-from fedjax_llm.secure.selective import Block
+from fedjax_llm.secure.selection import Block
 
 PyTree = Any
 

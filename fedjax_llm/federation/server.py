@@ -18,7 +18,7 @@ from fedjax_llm.aggregation import (
 )
 from fedjax_llm.aggregation.part import subset
 from fedjax_llm.aggregation.robust import GroupRobust
-from fedjax_llm.federation.cohort import ClientInputs, Local
+from fedjax_llm.federation.client_values import ClientInputs, Local
 from fedjax_llm.federation.keys import Purpose, key_for
 from fedjax_llm.federation.message import MessageCodec
 from fedjax_llm.federation.recipe import Applied, Global, Recipe

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fedjax_llm.errors import Refused
 from fedjax_llm.federation.calendar import Calendar
 from fedjax_llm.federation.tables import Participant
 from fedjax_llm.privacy import PrivacyPlan
@@ -35,6 +36,22 @@ class Spending:
         if self.plan.unit not in ("example", "user") or self.calendar.schedule.timely:
             return step
         return int(self.calendar.cycles(step).max())
+
+    def check(self, step: int) -> None:
+        """Refuses a step that the plan does not account for.
+
+        Raises:
+            Refused: more rounds would be spent after it than the plan and its budget allow.
+        """
+        if self.plan.unit == "none":
+            return
+        allowed = self.plan.allowed_rounds
+        if self.rounds(step) > allowed:
+            within = "" if self.plan.budget is None else f" within epsilon {self.plan.budget:g}"
+            raise Refused(
+                f"round {step}: the privacy plan accounts for {allowed} rounds{within}; plan more, "
+                "at a larger epsilon"
+            )
 
     @property
     def allowed_steps(self) -> int:

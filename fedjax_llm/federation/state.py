@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from fedjax_llm.aggregation import AggregationRule, ServerState
 from fedjax_llm.aggregation.part import subset
 from fedjax_llm.aggregation.robust import Combine, GroupRobust
-from fedjax_llm.federation.cohort import ClientState, begins_anew
+from fedjax_llm.federation.client_values import ClientState
+from fedjax_llm.federation.cohort import begins_anew
 from fedjax_llm.federation.compressor import Compressor
 from fedjax_llm.federation.keys import Purpose, Seeds, key_for
 from fedjax_llm.federation.recipe import Global

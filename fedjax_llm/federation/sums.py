@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from fedjax_llm.errors import UserError
-from fedjax_llm.secure.selective import Selection, SelectiveSum
+from fedjax_llm.secure.selection import Selection
+from fedjax_llm.secure.selective import SelectiveSum
 from fedjax_llm.secure.sums import SecureSum
 
 
@@ -132,6 +133,13 @@ def opens(mode: SumMode) -> int:
     if isinstance(mode, Plain):
         return 0
     return (mode.hidden if isinstance(mode, Selective) else mode).minimum_clients
+
+
+def encrypted_fraction(mode: SumMode) -> float:
+    """Parameters that leave a cloud encrypted or masked, over all that it sends."""
+    if isinstance(mode, Selective):
+        return mode.selection.fraction
+    return 0.0 if isinstance(mode, Plain) else 1.0
 
 
 def majority(parties: int) -> int:

@@ -11,6 +11,7 @@ from fedjax_llm.clouds.compute import Compute, training_flops
 from fedjax_llm.clouds.schedules import Schedule
 from fedjax_llm.clouds.site import Opening, Site, Size
 from fedjax_llm.errors import UserError
+from fedjax_llm.federation.assembly import Assembly, Settings
 from fedjax_llm.federation.calendar import Calendar
 from fedjax_llm.federation.exchange import HiddenSums
 from fedjax_llm.federation.message import MessageCodec
@@ -52,7 +53,7 @@ def flops_per_token(model: Model, adapter: Adapter, length: int, remat: bool) ->
 
 
 class Almanac:
-    """Makes the calendar of a federation.
+    """Makes the calendar of a federation; `almanac_of` gathers what it needs.
 
     Args:
         schedule: when the server waits for whom.
@@ -154,6 +155,40 @@ class Almanac:
                 )
             )
         return sites
+
+
+def almanac_of(
+    model: Model,
+    settings: Settings,
+    parts: Assembly,
+    roster: Roster,
+    hidden: HiddenSums | PlannedSums | None,
+    length: int,
+    seed: int,
+) -> Almanac:
+    """The almanac of a federation.
+
+    Args:
+        model: the frozen base; shapes are enough.
+        settings: what is asked for.
+        parts: from `assemble`, of these settings, or of some that send the same.
+        roster: the clients.
+        hidden: the sums between the clouds, opened or only planned; None on the devices.
+        length: positions of a row.
+        seed: of jitter and failures.
+    """
+    replicas = parts.recipe.replicas
+    return Almanac(
+        settings.schedule,
+        roster,
+        parts.sizes,
+        parts.codecs,
+        hidden,
+        replicas.fragments if replicas else 1,
+        flops_per_token(model, parts.server.adapter, length, settings.remat),
+        length,
+        seed,
+    )
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from fedjax_llm.federation import (
     SumMode,
     Threshold,
 )
-from fedjax_llm.federation.cohort import ClientState
+from fedjax_llm.federation.client_values import ClientState
 from fedjax_llm.privacy import PrivacyPlan
 from fedjax_llm.training import ExamplePrivacy, LocalTraining
 
@@ -43,20 +43,30 @@ def same_bytes(one: Any, other: Any) -> bool:
     return all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in leaves)
 
 
+@pytest.fixture(scope="module")
+def plain_bytes(federate: Build) -> Callable[[str], FederationState]:
+    """The state after two rounds of a plain sum on two devices, by privacy unit; optimised."""
+    return functools.cache(
+        lambda unit: run(federate(unit, sum_mode=Plain(), devices=jax.devices()[:2]))
+    )
+
+
 @pytest.mark.optimised
 @pytest.mark.parametrize("unit", ["none", "example", "client"])
-def test_one_device_and_two_give_the_same_bytes(federate: Build, unit: str) -> None:
+def test_one_device_and_two_give_the_same_bytes(
+    federate: Build, plain_bytes: Callable[[str], FederationState], unit: str
+) -> None:
     devices = jax.devices()
     assert len(devices) >= 2
-    one = run(federate(unit, devices=devices[:1]))
-    two = run(federate(unit, devices=devices[:2]))
-    assert same_bytes(one, two)
+    assert same_bytes(run(federate(unit, devices=devices[:1])), plain_bytes(unit))
 
 
 @pytest.mark.optimised
-def test_the_size_of_a_group_changes_rounding_only(federate: Build) -> None:
-    """Batching clients is an arrangement of the same arithmetic."""
-    alone = run(federate("example", clients_at_once=1))
+def test_the_size_of_a_group_changes_rounding_only(
+    federate: Build, plain_bytes: Callable[[str], FederationState]
+) -> None:
+    """Batching clients is an arrangement of the same arithmetic; there each runs alone."""
+    alone = plain_bytes("example")
     together = run(federate("example", clients_at_once=3, devices=jax.devices()[:1]))
     for a, b in zip(jax.tree.leaves(alone.server), jax.tree.leaves(together.server), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
@@ -64,12 +74,6 @@ def test_the_size_of_a_group_changes_rounding_only(federate: Build) -> None:
 
 def mode_name(mode: SumMode) -> str:
     return type(mode).__name__.lower()
-
-
-@pytest.fixture(scope="module")
-def plain_bytes(federate: Build) -> Callable[[str], FederationState]:
-    """The state after two rounds of a plain sum, by privacy unit."""
-    return functools.cache(lambda unit: run(federate(unit, sum_mode=Plain())))
 
 
 @pytest.mark.optimised
@@ -93,8 +97,8 @@ def test_training_lowers_held_out_loss_in_every_cloud(federate: Build, name: str
 
 def test_a_state_can_be_taken_up_by_another_process(federate: Build) -> None:
     """What a checkpoint stores is all there is: two rounds equal one and one."""
-    whole = run(federate("example"), 2)
-    first = run(federate("example"), 1)
+    here = federate("example")
+    whole, first = run(here, 2), run(here, 1)
     stored = jax.tree.map(np.asarray, first)
     second, _ = federate("example").run_round(stored)
     assert same_bytes(whole, second)
@@ -104,9 +108,21 @@ def test_other_seeds_give_other_adapters(federate: Build) -> None:
     assert not same_bytes(run(federate(seed=3), 1).server, run(federate(seed=4), 1).server)
 
 
+@pytest.fixture(scope="module")
+def plain_rounds(
+    federate: Build, make_participants: Clouds
+) -> tuple[FederationState, FederationState]:
+    """The state after a round of a plain sum: with all three clouds, and without the second."""
+    without = federate(participants=make_participants(south=frozenset({1})), sum_mode=Plain())
+    return run(federate(), 1), run(without, 1)
+
+
 @pytest.mark.parametrize("mode", HIDDEN, ids=mode_name)
 def test_a_cloud_that_is_offline_costs_only_its_own_contribution(
-    federate: Build, make_participants: Clouds, mode: SumMode
+    federate: Build,
+    make_participants: Clouds,
+    plain_rounds: tuple[FederationState, FederationState],
+    mode: SumMode,
 ) -> None:
     """The other two go on, and end where they would have ended without it."""
     lost = federate(participants=make_participants(south=frozenset({1})), sum_mode=mode)
@@ -114,13 +130,11 @@ def test_a_cloud_that_is_offline_costs_only_its_own_contribution(
     assert not report.clouds["south"].online
     assert report.clouds["south"].uplink_bytes == report.clouds["south"].rows == 0
     assert report.clouds["north"].uplink_bytes > 0
-    full = federate()
-    outputs, _ = full.run_round(full.init())
-    assert not same_bytes(state.server, outputs.server)
+    of_all, of_two = plain_rounds
+    assert not same_bytes(state.server, of_all.server)
     again, second = lost.run_round(state)
     assert second.clouds["south"].online and int(again.round) == 2
-    plain = federate(participants=make_participants(south=frozenset({1})), sum_mode=Plain())
-    assert same_bytes(state.server, plain.run_round(plain.init())[0].server)
+    assert same_bytes(state.server, of_two.server)
 
 
 def test_too_few_clouds_online_is_refused_and_changes_nothing(

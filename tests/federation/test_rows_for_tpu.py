@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from fedjax_llm.clouds import Cloud, Link
 from fedjax_llm.federation import Federation, Participant
-from fedjax_llm.federation.cohort import ClientState
+from fedjax_llm.federation.client_values import ClientState
 from fedjax_llm.federation.engine import Engine
 from fedjax_llm.federation.fitting import program_bytes
 from fedjax_llm.federation.host_rows import packed

@@ -27,7 +27,7 @@ CLIENTS, ROWS = 7, 5
 
 def trained(federation: Federation) -> Any:
     """The state after two rounds, of which the second is fed nothing that is not put there."""
-    state, first = federation.run_round(federation.init())
+    state, first = federation.run_round(federation.init(), donate=True)
     # The host draws who is sampled, and takes hidden sums, with arrays of its own.
     free = federation.plan.unit == "client" or not isinstance(federation.sum_mode, Plain)
     with jax.transfer_guard_host_to_device("allow" if free else "disallow"):

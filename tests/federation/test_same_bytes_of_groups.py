@@ -9,7 +9,14 @@ import pytest
 from fedjax_llm.aggregation import NormalisedMean
 from fedjax_llm.aggregation.attacks import ATTACKS
 from fedjax_llm.aggregation.robust import CoordinateMedian, GroupRobust
-from fedjax_llm.federation import Attackers, Federation, Masked, Participant, Threshold
+from fedjax_llm.federation import (
+    Attackers,
+    Federation,
+    FederationState,
+    Masked,
+    Participant,
+    Threshold,
+)
 
 from .whole_rounds import FINE, SGD, hybrid, many, product, rule, run, same_bytes
 
@@ -45,24 +52,39 @@ def test_clients_of_a_cloud_are_summed_inside_it(
     assert max(sent) < 1.6 * min(sent)  # one upload each; two of three also decrypt
 
 
-@pytest.mark.parametrize("mode", [Threshold(2), Masked()], ids=["threshold", "masked"])
-def test_group_sums_are_combined_robustly_under_every_sum(
-    federate: Build, make_participants: Clouds, mode: Any
-) -> None:
-    """Three groups of two; one holds an attacker; the server sees three sums and takes a median."""
-    clouds = many(make_participants)
-    malicious = Attackers(ATTACKS["sign-flip"], (True,) + (False,) * 5, 50.0)
-    groups = GroupRobust(3, CoordinateMedian())
-    common = {
-        "participants": clouds,
+@pytest.fixture(scope="module")
+def attacked(make_participants: Clouds) -> dict[str, Any]:
+    """Six clouds, of which the first pulls the mean far off."""
+    return {
+        "participants": many(make_participants),
         "update_bound": 100.0,
         "training": SGD,
-        "attackers": malicious,
+        "attackers": Attackers(ATTACKS["sign-flip"], (True,) + (False,) * 5, 50.0),
     }
-    plain, _ = run(federate(combine=groups, **common), 2)
-    state, _ = run(federate(combine=groups, sum_mode=mode, **common), 2)
+
+
+# Three groups of two; one holds the attacker; the server sees three sums and takes a median.
+GROUPS = GroupRobust(3, CoordinateMedian())
+
+
+@pytest.fixture(scope="module")
+def in_the_plain(
+    federate: Build, attacked: dict[str, Any]
+) -> tuple[FederationState, FederationState]:
+    """What two rounds of a plain sum come to: with groups, and as a mean."""
+    return run(federate(combine=GROUPS, **attacked), 2)[0], run(federate(**attacked), 2)[0]
+
+
+@pytest.mark.parametrize("mode", [Threshold(2), Masked()], ids=["threshold", "masked"])
+def test_group_sums_are_combined_robustly_under_every_sum(
+    federate: Build,
+    attacked: dict[str, Any],
+    in_the_plain: tuple[FederationState, FederationState],
+    mode: Any,
+) -> None:
+    plain, mean = in_the_plain
+    state, _ = run(federate(combine=GROUPS, sum_mode=mode, **attacked), 2)
     assert same_bytes(plain, state)
-    mean, _ = run(federate(**common), 2)
     assert np.linalg.norm(product(state)) < 0.5 * np.linalg.norm(product(mean))
 
 

@@ -85,12 +85,17 @@ def part(state: FederationState) -> dict[str, np.ndarray]:
     return {name: np.array(f.b_LxRxF) for name, f in state.server.adapter.factors.items()}
 
 
+@pytest.fixture(scope="module")
+def synchronous(federate) -> FederationState:
+    """The state after four rounds in which all wait; not optimised."""
+    return run(federate())[0]
+
+
 @pytest.mark.parametrize("schedule", [Synchronous(), Deadline(1e6, 2)], ids=repr)
-def test_a_deadline_that_nobody_misses_is_a_synchronous_round(build, federate, schedule):
+def test_a_deadline_that_nobody_misses_is_a_synchronous_round(build, synchronous, schedule):
     state, reports = run(build(schedule))
-    plain, _ = run(federate())
     for name, values in part(state).items():
-        assert np.array_equal(values, part(plain)[name])
+        assert np.array_equal(values, part(synchronous)[name])
     assert all(report.clouds[name].online for report in reports for name in SPEED)
 
 
@@ -104,12 +109,11 @@ def test_a_late_cloud_costs_its_own_part_only(build, federate, make_participants
     assert [report.clouds["west"].uplink_bytes for report in reports] == [0] * 4
 
 
-def test_one_fragment_of_fresh_replicas_is_a_synchronous_round(build, federate):
+def test_one_fragment_of_fresh_replicas_is_a_synchronous_round(build, synchronous):
     """A replica that takes the global values as they are begins where the others begin."""
     state, _ = run(build(Streaming(1, mixing=0.0)))
-    plain, _ = run(federate())
     for name, values in part(state).items():
-        np.testing.assert_allclose(values, part(plain)[name], rtol=0, atol=2e-6)
+        np.testing.assert_allclose(values, part(synchronous)[name], rtol=0, atol=2e-6)
 
 
 @pytest.mark.optimised
@@ -210,9 +214,8 @@ def test_one_device_and_two_end_in_the_same_bytes(build, schedule):
 
 @pytest.mark.parametrize("schedule", drilled("Decoupled"))
 def test_a_run_that_stops_goes_on_with_what_is_under_way(build, schedule):
-    whole, _ = run(build(schedule), 4)
-    half, _ = run(build(schedule), 2)
-    again = build(schedule)
+    first, again = build(schedule), build(schedule)
+    whole, half = run(first, 4)[0], run(first, 2)[0]
     for _ in range(2):
         half, _ = again.run_round(jax.device_get(half))
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(half), strict=True):

@@ -31,7 +31,7 @@ from fedjax_llm.federation.sensitivity import measure, read_map, trained_blocks
 from fedjax_llm.lora import Adapter, LoraConfig, LowRank, init_adapter, write_peft
 from fedjax_llm.models import Batch, Model
 from fedjax_llm.privacy import PrivacyPlan
-from fedjax_llm.secure.selective import Selection, by_layers, by_sensitivity
+from fedjax_llm.secure.selection import Selection, by_layers, by_sensitivity
 from fedjax_llm.training import ExamplePrivacy, LocalTraining
 
 Build = Callable[..., Federation]

@@ -47,6 +47,18 @@ def loss_of(model, adapter, remat=False, dtype=jnp.float32):
     return loss
 
 
+@pytest.fixture(scope="module")
+def compiled(model):
+    """Of the decoder, by trained sides, kind and method; each is compiled once."""
+
+    @functools.cache
+    def of(sides, kind, method):
+        loss = loss_of(model, setting(model, sides)[0])
+        return jax.jit(functools.partial(clipped_grad_sum, loss, clip_norm=kind, method=method))
+
+    return of
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("sides", "kinds"),
@@ -57,19 +69,13 @@ def loss_of(model, adapter, remat=False, dtype=jnp.float32):
         pytest.param(("a",), [PerLayer.even(100.0, 5)], marks=pytest.mark.drill),
     ],
 )
-def test_agrees_with_vmap_on_the_decoder(model, sides, kinds):
-    adapter, part, rows = setting(model, sides)
+def test_agrees_with_vmap_on_the_decoder(model, compiled, sides, kinds):
+    _, part, rows = setting(model, sides)
     weights = jnp.array([1.0, 1.0, 1.0, 0.0])
     for kind in kinds:
-        found = {
-            method: jax.jit(
-                functools.partial(
-                    clipped_grad_sum, loss_of(model, adapter), clip_norm=kind, method=method
-                )
-            )(part, rows, weights)
-            for method in ("vmap", "ghost")
-        }
-        (plain, stats), (other, others) = found["vmap"], found["ghost"]
+        (plain, stats), (other, others) = (
+            compiled(sides, kind, method)(part, rows, weights) for method in ("vmap", "ghost")
+        )
         jax.tree.map(
             lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-3, atol=1e-5), plain, other
         )
@@ -77,12 +83,10 @@ def test_agrees_with_vmap_on_the_decoder(model, sides, kinds):
         assert float(stats.loss) == pytest.approx(float(others.loss), rel=1e-5)
 
 
-def test_recomputed_layers_and_reduced_precision(model):
+def test_recomputed_layers_and_reduced_precision(model, compiled):
     adapter, part, rows = setting(model, ("a", "b"))
     weights, kind = jnp.ones(ROWS), Joint(0.02)
-    plain, _ = jax.jit(lambda p: clipped_grad_sum(loss_of(model, adapter), p, rows, weights, kind))(
-        part
-    )
+    plain, _ = compiled(("a", "b"), kind, "vmap")(part, rows, weights)
     again, _ = jax.jit(
         lambda p: clipped_grad_sum(
             loss_of(model, adapter, remat=True), p, rows, weights, kind, "ghost"

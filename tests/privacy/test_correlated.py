@@ -160,7 +160,7 @@ def test_the_stated_error_is_that_of_the_noise() -> None:
         (lambda: Banded(5, 0), "got 0"),
         (lambda: Buffered(5, 11), "buffers must be between 1 and 10"),
         (lambda: Buffered(5, 2, 0), "the period must be at least 1"),
-        (lambda: Buffered(12, 2, 1), "finds no buffered noise better than independent"),
+        (lambda: Buffered(STEPS, 2, 1), "finds no buffered noise better than independent"),
         (lambda: Buffered(60, 10, 1), "use fewer buffers|no buffered noise better"),
     ],
 )

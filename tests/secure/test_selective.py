@@ -19,13 +19,8 @@ from fedjax_llm.secure.identity import Identity, Roster
 from fedjax_llm.secure.intake import Upload
 from fedjax_llm.secure.masked import MaskedSum
 from fedjax_llm.secure.plain import PlainSum
-from fedjax_llm.secure.selective import (
-    Block,
-    Selection,
-    SelectiveSum,
-    by_layers,
-    by_sensitivity,
-)
+from fedjax_llm.secure.selection import Block, Selection, by_layers, by_sensitivity
+from fedjax_llm.secure.selective import SelectiveSum
 from fedjax_llm.secure.sums import BadMessage, BelowThreshold, SecureSum, collect, sum_uploads
 from fedjax_llm.secure.threshold import ThresholdSum
 

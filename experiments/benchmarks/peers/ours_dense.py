@@ -60,9 +60,9 @@ def round_program(task: DenseTask, layout: CohortLayout, most_rows: int) -> Any:
         optax.sgd(task.learning_rate), task.epochs * most_rows // task.batch, task.batch, task.batch
     )
 
-    def one_client(shared: PyTree, client: PyTree) -> PyTree:
-        params, seed, number = shared
-        place, rows, population = client
+    def one_client(shared: PyTree, place: jax.Array) -> PyTree:
+        params, rows_CxN, sizes_C, seed, number = shared
+        rows, population = jax.tree.map(lambda leaf: leaf[place], (rows_CxN, sizes_C))
         key = key_for(seed, Purpose.EXAMPLE_SAMPLING, number, place)
         table = ClientTable(rows, population, jnp.float32(0))
         state = optimizer_init(training.optimizer, params)
@@ -80,10 +80,10 @@ def round_program(task: DenseTask, layout: CohortLayout, most_rows: int) -> Any:
         seed: jax.Array,
         number: jax.Array,
     ) -> PyTree:
-        rows_KxN, sizes_K = jax.tree.map(lambda leaf: leaf[places_K], (rows_CxN, sizes_C))
         deltas_K = layout.map_clients(one_client)(
-            (params, seed, number), (places_K, rows_KxN, sizes_K)
+            (params, rows_CxN, sizes_C, seed, number), places_K
         )
+        sizes_K = sizes_C[places_K]
         shares_K = sizes_K.astype(jnp.float32) / jnp.sum(sizes_K).astype(jnp.float32)
         return jax.tree.map(lambda p, d: p + jnp.tensordot(shares_K, d, axes=1), params, deltas_K)
 

@@ -28,12 +28,9 @@ counts as start-up. Parts:
 
 import argparse
 import os
-import shutil
 import statistics
 import sys
-import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -50,14 +47,13 @@ from contests import (  # noqa: E402
     Contest,
     Part,
     check_only,
-    fastest,
 )
 from dense_tasks import DENSE  # noqa: E402
-from sides import Side, folder_of, ratio, spread  # noqa: E402
+from sides import Side, folder_of  # noqa: E402
 from table import Row, row, show, write  # noqa: E402
 from tasks import TASKS  # noqa: E402
+from whole_command import COMMAND_ROUNDS, command  # noqa: E402
 
-COMMAND_ROUNDS = 4
 # Who trains adapters, by the name in the rows.
 PEERS = {"flower": FLOWER, "plain loop": PLAIN, "pfl": PFL}
 
@@ -72,47 +68,6 @@ def decoder(turns: int) -> list[Row]:
     """Steady rounds of the decoder."""
     bars = {"flower": 2.0, "plain loop": 1.6}
     return _adapters("decoder", bars, TASKS["decoder"].tokens, "tokens").rows(turns)
-
-
-def command(turns: int) -> list[Row]:
-    """The whole command, a third as often as there are turns, once at least."""
-    folder = folder_of("decoder")
-    flower, quickest = fastest(FLOWER, "decoder", folder), fastest(OURS, "decoder", folder)
-    seconds: dict[str, list[float]] = {"cold": [], "warm": [], "flower": []}
-    ready: dict[str, list[float]] = {name: [] for name in seconds}
-    for _ in range(max(1, turns // 3)):
-        cache = tempfile.mkdtemp(prefix="fedjax-llm-peers-")
-        try:
-            cached = (
-                ("JAX_COMPILATION_CACHE_DIR", cache),
-                ("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1"),
-            )
-            ours = replace(quickest, environment=quickest.environment + cached)
-            # The first finds the cache empty, the second full.
-            for name, way in {"cold": ours, "warm": ours, "flower": flower}.items():
-                with way.side("decoder", folder, COMMAND_ROUNDS, wait=False) as side:
-                    seconds[name].append(side.finish().seconds_whole)
-                    trained = sum(done["seconds"] for done in side.rounds)
-                    ready[name].append(
-                        seconds[name][-1]
-                        - trained
-                        + side.rounds[0]["seconds"]
-                        - min(side.steady(1))
-                    )
-        finally:
-            shutil.rmtree(cache, ignore_errors=True)
-    rows = []
-    for name, took in seconds.items():
-        start = f"command: {name},"
-        rows += [
-            row(f"{start} {COMMAND_ROUNDS} rounds", statistics.median(took), "s"),
-            row(f"{start} spread", spread(took), ""),
-            row(f"{start} beside steady rounds", statistics.median(ready[name]), "s"),
-        ]
-    for name, bar in (("warm", 5.0), ("cold", 3.0)):
-        times = ratio(seconds["flower"], seconds[name])
-        rows.append(row(f"command: ours ({name}) against flower", times, "x", bar, least=True))
-    return rows
 
 
 def thousand(turns: int) -> list[Row]:

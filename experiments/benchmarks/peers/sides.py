@@ -50,6 +50,11 @@ def folder_of(task: str, script: str = "prepare.py") -> Path:
     return folder
 
 
+def _usual_environment() -> dict[str, str]:
+    """This one's, but that modules are kept compiled: nobody runs a program without."""
+    return {key: v for key, v in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+
+
 class Side:
     """A process that trains the rounds of one side, see `turns`.
 
@@ -90,7 +95,7 @@ class Side:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
-            env=dict(os.environ) | dict(environment or {}),
+            env=_usual_environment() | dict(environment or {}),
             # With whatever it starts: workers must not outlive it.
             start_new_session=True,
         )

@@ -12,7 +12,7 @@ from fedjax_llm.lora import LoraConfig
 from fedjax_llm.models import Batch, Model
 from fedjax_llm.runs.sections.schema import RunFile
 from fedjax_llm.runs.sections.secure import SelectiveSection
-from fedjax_llm.secure.selective import Selection, by_layers, by_sensitivity
+from fedjax_llm.secure.selection import Selection, by_layers, by_sensitivity
 
 
 def selection(

@@ -144,7 +144,7 @@ def test_a_process_without_an_accelerator_is_refused(local: int, accelerators: i
         cluster.check_local(local, accelerators)
 
 
-CLUSTER = Path(__file__).parents[2] / "experiments" / "cluster"
+CLUSTER = Path(__file__).parents[3] / "experiments" / "cluster"
 
 
 def test_the_manifest_starts_as_many_as_it_says() -> None:

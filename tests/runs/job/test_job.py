@@ -37,7 +37,6 @@ def test_a_run_leaves_a_whole_folder(
     out = tmp_path / "out"
     settings = (
         "rounds=1",
-        "adapter.targets=['q_proj']",
         "privacy.unit=example",
         "privacy.noise_multiplier=0.8",
         'evaluation.prompt="Once upon a time"',

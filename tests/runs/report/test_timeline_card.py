@@ -25,9 +25,9 @@ from fedjax_llm.runs.report.timeline_card import (
     timeline_card,
     window,
 )
+from tests.runs.calendars import calendar
 
 from .test_report import EVIL, make_run, parsed
-from .test_timeline_file import calendar
 
 
 def content(schedule, **sizes) -> dict:

@@ -9,9 +9,7 @@ from pathlib import Path
 import pytest
 
 from fedjax_llm.errors import Refused, UserError
-from fedjax_llm.runs import events
 from fedjax_llm.runs.folder import RunFolder
-from fedjax_llm.runs.report import progress
 
 GOOD = """\
 name = "x"
@@ -147,46 +145,3 @@ def test_a_defect_shows_its_traceback_and_code_1(tmp_path: Path) -> None:
         _, error = process.communicate()
     assert process.returncode == 1
     assert "Traceback" in error and "ZeroDivisionError" in error
-
-
-def test_both_views_take_every_event(capsys: pytest.CaptureFixture[str]) -> None:
-    from rich.console import Console
-
-    record = {"round": 1, "epsilon": 2.0, "clouds": {"[a]": {"loss_eval_nats": 1.25}}}
-    happening = [
-        events.Stage("model", "small [x]"),
-        events.Note("any 2 of 3 [clouds] can decrypt"),
-        events.RoundStarted(1, 2),
-        events.Progress(1, 4, "train"),
-        events.Progress(4, 4, "train"),
-        events.RoundFinished(record),  # type: ignore[arg-type]
-    ]
-    for event in happening:
-        progress.print_plainly(event)
-    lines = capsys.readouterr().out.splitlines()
-    assert lines == [
-        "model: small [x]",
-        "any 2 of 3 [clouds] can decrypt",
-        "round 1  loss [a] 1.2500  epsilon 2",
-    ]
-    console = Console(force_terminal=True, width=100, record=True)
-    with progress.TerminalView(console) as view:
-        for event in happening:
-            view.on_event(event)
-    shown = console.export_text()
-    assert "any 2 of 3 [clouds] can decrypt" in shown and "loss [a] 1.2500" in shown
-
-
-def test_doctor_finds_this_machine_in_order() -> None:
-    done = fedjax_llm("doctor")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "encrypt, add and decrypt are exact" in done.stdout
-
-
-def test_doctor_names_a_cure() -> None:
-    from fedjax_llm import doctor
-
-    finding = doctor.check_python((3, 11, 4))
-    assert not finding.ok
-    assert "3.12" in finding.cure
-    assert not doctor.print_report([finding])

@@ -6,7 +6,7 @@ import pytest
 
 from fedjax_llm.runs.build import cloud_profiles
 
-from .test_runfile_clouds import load, message, profile
+from .test_cloud_profiles import load, message, profile
 
 REGION = 'server_region = "gcp-us-central1"'
 EUROPE = 'region = "gcp-europe-west4"\nlink = { up_mbps = 10, down_mbps = 10, latency_ms = 50 }'
