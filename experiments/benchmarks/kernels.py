@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 from table import Row, row, show, write
 
+from fedjax_llm.models.attention import attend, causal_sight
 from fedjax_llm_kernels.choice import Choices, times
 from fedjax_llm_kernels.clip_sum import clip_sum
 from fedjax_llm_kernels.cross_entropy import chunked_cross_entropy
@@ -132,6 +133,43 @@ def adapters_case(sizes: tuple[int, int, int, int, int], dtype: Any, gradient: b
     return Case(name, run, arrays, float(size * moved), flops, dtype)
 
 
+def attention_case(sizes: tuple[int, int, int, int, int], dtype: Any, gradient: bool) -> Case:
+    """Causal attention: two products over the keys that a query sees; four more backward."""
+    rows, length, heads, groups, width = sizes
+
+    def run(how: Implementation, q: jax.Array, k: jax.Array, v: jax.Array, dout: jax.Array) -> Any:
+        def mixed(*qkv: jax.Array) -> jax.Array:
+            sight = causal_sight(
+                (rows, length), None, None, width=width, dtype=dtype, implementation=how
+            )
+            return attend(*qkv, sight)
+
+        if not gradient:
+            return mixed(q, k, v)
+        out, pull = jax.vjp(mixed, q, k, v)
+        return out, pull(dout)
+
+    def arrays() -> tuple[jax.Array, ...]:
+        counts = heads, groups, groups, heads
+        return tuple(
+            normal(rows, length, count, width, dtype=dtype, seed=place)
+            for place, count in enumerate(counts)
+        )
+
+    # Forward q, k, v and the mix; backward those, the mix's cotangent and three cotangents.
+    moved = (2 + 4 * gradient) * (heads + groups)
+    what = "forward, backward" if gradient else "forward"
+    name = f"attention, {what}, {rows} x {length} x {heads}/{groups} x {width} "
+    return Case(
+        name + jnp.dtype(dtype).name,
+        run,
+        arrays,
+        float(jnp.dtype(dtype).itemsize * rows * length * width * moved),
+        (2.0 + 4.0 * gradient) * rows * heads * width * length * (length + 1),
+        dtype,
+    )
+
+
 def pack_case(count: int, bits: int) -> Case:
     """Quantise and pack: 8 bytes a number in, b bits out."""
 
@@ -153,19 +191,21 @@ def cases(quick: bool, cpu: bool) -> list[Case]:
     """
     dtypes = [jnp.float32] if cpu else [jnp.float32, jnp.bfloat16]
     if quick:
-        entropy, adapters = (64, 64, 1024), (2, 64, 64, 4, 96)
+        entropy, adapters, attention = (64, 64, 1024), (2, 64, 64, 4, 96), (2, 64, 4, 2, 16)
         clips, packs = [(4, 4096)], [1 << 14]
     elif cpu:
-        entropy, adapters = (64, 576, 8192), (8, 64, 576, 8, 1536)
+        entropy, adapters, attention = (64, 576, 8192), (8, 64, 576, 8, 1536), (4, 128, 9, 3, 64)
         clips, packs = [(8, 1 << 20)], [1 << 22]
     else:
         entropy, adapters = (4096, 4096, 128_256), (16, 2048, 4096, 16, 4096)
+        attention = (16, 1024, 32, 8, 64)
         clips, packs = [(64, 3 << 18), (64, 5_000_000)], [1 << 26]
     found = [clip_case(*sizes) for sizes in clips]
     for dtype in dtypes:
         for gradient in (False, True):
             found.append(entropy_case(*entropy, dtype, gradient))
             found.append(adapters_case(adapters, dtype, gradient))
+            found.append(attention_case(attention, dtype, gradient))
     return [*found, *(pack_case(count, bits) for count in packs for bits in (4, 8))]
 
 

@@ -1,9 +1,68 @@
 """Grouped-query attention, causal and within segments, as pure functions."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
+from fedjax_llm_kernels import attention_fused, choice
 from fedjax_llm_kernels.attention import softmax_attention
+from fedjax_llm_kernels.pallas_forms import Implementation
+
+
+@dataclasses.dataclass(frozen=True)
+class Causal:
+    """What each position of a row sees, in words: itself and those before it, of its segment.
+
+    Attributes:
+      segments_BxT: int32; padding is segment 0 and sees padding.
+      sliding_window: positions seen, itself among them; None for all.
+    """
+
+    segments_BxT: jax.Array
+    sliding_window: int | None
+
+
+type Sight = jax.Array | Causal
+"""What each position sees: a mask, bool [B or 1, T, S], or the same in words, for a kernel."""
+
+
+def causal_sight(
+    shape: tuple[int, int],
+    segments_BxT: jax.Array | None,
+    sliding_window: int | None,
+    *,
+    width: int,
+    dtype: jax.typing.DTypeLike,
+    implementation: Implementation | None = None,
+) -> Sight:
+    """What each position of B rows of T sees, in the form that `attend` is fastest with.
+
+    In words where the table of `choice` names the kernel for the device kind and there is one
+    (`attention_fused.cannot` says where not); else as a mask, by `attention_mask`.
+
+    Args:
+      shape: B and T.
+      segments_BxT: int32, or None when each row is one sequence without padding.
+      sliding_window: Positions seen, or None for all.
+      width: Of a head.
+      dtype: Of queries, keys and values.
+      implementation: "xla", "pallas", or None for what the table names.
+
+    Raises:
+      ValueError: "pallas" is asked for by name where there is none, or it is no form.
+    """
+    rows, length = shape
+    if choice.of("attention", implementation) == "pallas":
+        reason = attention_fused.cannot(width, dtype)
+        if reason is None:
+            if segments_BxT is None:
+                segments_BxT = jnp.ones((rows, length), jnp.int32)
+            return Causal(segments_BxT, sliding_window if _bites(sliding_window, length) else None)
+        if implementation is not None:
+            # Who measures forms is not to be given another one.
+            raise ValueError(reason)
+    return attention_mask(length, segments_BxT, sliding_window)
 
 
 def attention_mask(
@@ -43,16 +102,20 @@ def _visible(query: jax.Array, key: jax.Array, sliding_window: int | None) -> ja
 
 
 def attend(
-    q_BxTxHxK: jax.Array, k_BxSxGxK: jax.Array, v_BxSxGxK: jax.Array, mask_BxTxS: jax.Array
+    q_BxTxHxK: jax.Array, k_BxSxGxK: jax.Array, v_BxSxGxK: jax.Array, sight: Sight
 ) -> jax.Array:
     """Softmax attention of H query heads over G key heads, H a multiple of G.
 
     Query heads h * H/G ... share key head h (Hugging Face's order). Scores and softmax are
-    float32 whatever the inputs are.
+    float32 whatever the inputs are. A mask has them written to memory; words have a kernel.
 
     Returns:
       An array of the shape and dtype of ``q_BxTxHxK``.
     """
+    if isinstance(sight, Causal):
+        return attention_fused.causal_attention(
+            q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, sight.segments_BxT, sight.sliding_window
+        )
     batch, length, heads, width = q_BxTxHxK.shape
     groups = k_BxSxGxK.shape[2]
     shared = heads // groups
@@ -63,7 +126,7 @@ def attend(
         q_BxGxNxK,
         k_BxSxGxK.swapaxes(1, 2),
         v_BxSxGxK.swapaxes(1, 2),
-        jnp.tile(mask_BxTxS, (1, shared, 1)),
+        jnp.tile(sight, (1, shared, 1)),
     )
     out_BxGxMxTxK = out_BxGxNxK.reshape(batch, groups, shared, length, width)
     return out_BxGxMxTxK.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, width)

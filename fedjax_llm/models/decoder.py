@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fedjax_llm.errors import UserError
-from fedjax_llm.models.attention import attend, attention_mask
+from fedjax_llm.models.attention import Sight, attend, causal_sight
 from fedjax_llm.models.config import DecoderConfig, projection_shapes
 from fedjax_llm.models.quantised import frozen_matmul
 from fedjax_llm.models.rotary import Rotation, rotate, rotation, segment_positions
@@ -107,7 +107,7 @@ class Block(nnx.Module):
         self,
         x_BxTxD: jax.Array,
         by: Rotation,
-        mask_BxTxS: jax.Array,
+        sight: Sight,
         factors: Factors,
         scale: float,
         cache: Cache | None = None,
@@ -139,7 +139,7 @@ class Block(nnx.Module):
             k = jax.lax.dynamic_update_slice_in_dim(cache.k_BxSxGxK, k, start, axis=1)
             v = jax.lax.dynamic_update_slice_in_dim(cache.v_BxSxGxK, v, start, axis=1)
             cache = Cache(k, v)
-        mixed = attend(q, k, v, mask_BxTxS).reshape(batch, length, -1)
+        mixed = attend(q, k, v, sight).reshape(batch, length, -1)
         (y_BxTxD,) = project(mixed, "o_proj")
         x_BxTxD = x_BxTxD + y_BxTxD
 
@@ -177,7 +177,7 @@ class Decoder(nnx.Module):
         self,
         x_BxTxD: jax.Array,
         by: Rotation,
-        mask_BxTxS: jax.Array,
+        sight: Sight,
         adapter: AdapterLike | None,
         cache_L: Cache | None = None,
         start: jax.Array | None = None,
@@ -195,7 +195,7 @@ class Decoder(nnx.Module):
         ) -> tuple[jax.Array, Cache | None]:
             weights, factors, cache = layer
             block: Block = nnx.merge(graph, weights)
-            return block(x_BxTxD, by, mask_BxTxS, factors, scale, cache, start)
+            return block(x_BxTxD, by, sight, factors, scale, cache, start)
 
         # Inside a scan the compiler cannot merge the two passes that prevent_cse keeps apart.
         body: Callable[..., Any] = jax.checkpoint(step, prevent_cse=False) if remat else step
@@ -289,7 +289,13 @@ def hidden(
     x_BxTxD, _ = decoder.run_layers(
         decoder.embedded(tokens_BxT, dtype),
         rotation(config, positions_BxT),
-        attention_mask(length, segments_BxT, config.sliding_window),
+        causal_sight(
+            (tokens_BxT.shape[0], length),
+            segments_BxT,
+            config.sliding_window,
+            width=config.head_dim,
+            dtype=dtype,
+        ),
         adapter,
         remat=remat,
         unroll=unroll,

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 
 from . import choice
 from .clip_norm import measured, shorten
-from .clip_sum_pallas import gpu_clip_sum, tpu_clip_sum
 from .pallas_forms import Implementation, by_platform
 
 # Examples that one pass over the sum adds. XLA makes one loop of additions that are written out; of
@@ -85,6 +84,8 @@ def clip_sum(
     full_E = [arrays_E[place].reshape(examples, -1) for place in places]
     bound = jnp.asarray(bound, jnp.float32)
     if choice.of("clip_sum", implementation) == "pallas":
+        from .clip_sum_pallas import gpu_clip_sum, tpu_clip_sum
+
         found, norm_E = by_platform(tpu_clip_sum, gpu_clip_sum, full_E, counts_E, bound)
     else:
         found, norm_E = _xla(full_E, counts_E, bound)

@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 
 from . import choice
-from .cross_entropy_pallas import gpu_pass, tpu_pass
 from .pallas_forms import Implementation, by_platform
 
 
@@ -78,6 +77,8 @@ def _losses(
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
     if choice.of("cross_entropy", implementation) == "pallas":
+        from .cross_entropy_pallas import gpu_pass, tpu_pass
+
         lse_Nx1, *means = by_platform(
             functools.partial(tpu_pass, with_gradient=with_gradient),
             functools.partial(gpu_pass, with_gradient=with_gradient),

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from . import low_rank_xla, many_adapters_pallas
+from . import low_rank_xla
 from .low_rank_xla import Sides
 from .pallas_forms import by_platform
 
@@ -80,6 +80,8 @@ _cotangents = jax.custom_batching.custom_vmap(_cotangents_of_one)
 
 @_values.def_vmap
 def _values_of_clients(clients: int, batched: list[Any], *arrays: Any) -> tuple[Any, Any]:
+    from . import many_adapters_pallas
+
     tpu, gpu = many_adapters_pallas.tpu_forward, many_adapters_pallas.gpu_forward
     forms = (_values_of_one, partial(_values_by, tpu), partial(_values_by, gpu))
     return _batched(clients, batched, arrays, *forms, backward=False)
@@ -87,6 +89,8 @@ def _values_of_clients(clients: int, batched: list[Any], *arrays: Any) -> tuple[
 
 @_cotangents.def_vmap
 def _cotangents_of_clients(clients: int, batched: list[Any], *arrays: Any) -> tuple[Any, Any]:
+    from . import many_adapters_pallas
+
     tpu, gpu = many_adapters_pallas.tpu_backward, many_adapters_pallas.gpu_backward
     forms = (_cotangents_of_one, partial(_cotangents_by, tpu), partial(_cotangents_by, gpu))
     return _batched(clients, batched, arrays, *forms, backward=True)
@@ -134,6 +138,8 @@ def _for_each(clients: int, has: bool, array: jax.Array) -> jax.Array:
 
 
 def _tpu_holds(x: jax.Array, a: Sides, b: Sides, backward: bool) -> bool:
+    from . import many_adapters_pallas
+
     rank, outputs = sum(one.shape[-1] for one in a), [one.shape[-1] for one in b]
     return many_adapters_pallas.tpu_holds(x.shape[-1], rank, outputs, x.dtype.itemsize, backward)
 

@@ -14,7 +14,7 @@ Letters: K clients, T positions, D inputs, R rank, F outputs.
 
 import jax
 
-from . import choice, low_rank_clients, low_rank_xla, many_adapters_pallas
+from . import choice, low_rank_clients, low_rank_xla
 from .pallas_forms import Implementation
 
 
@@ -67,6 +67,8 @@ def many_adapter_matmul(
             f"{b_KxRxF.dtype}; cast the adapter to that of the activations"
         )
     if implementation == "pallas":
+        from . import many_adapters_pallas
+
         # Who measures forms is not to be given another one.
         rank, outputs = b_KxRxF.shape[1:]
         itemsize = x_KxTxD.dtype.itemsize

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 
 from . import choice
 from .pallas_forms import Implementation, by_platform
-from .quantise_pack_pallas import gpu_pack, tpu_pack
 from .stochastic_fields import GROUP, fields, filled, word_of
 
 FEWEST_BITS, MOST_BITS = 2, 16
@@ -75,6 +74,8 @@ def quantise_pack(
     inverse = 1 / jnp.asarray(step, jnp.float32)
     arguments = (y_M, random_M, inverse)
     if choice.of("quantise_pack", implementation) == "pallas":
+        from .quantise_pack_pallas import gpu_pack, tpu_pack
+
         words, invalid = by_platform(
             partial(tpu_pack, bits=bits), partial(gpu_pack, bits=bits), *arguments
         )

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from . import ring_pallas, ring_uniform, ring_xla
+from . import ring_uniform, ring_xla
 from .ring_arithmetic import ACCELERATOR, CPU, Machine
 from .ring_parameters import Ring as Ring
 from .ring_parameters import choose_primes as choose_primes
@@ -152,6 +152,8 @@ def encrypt_words(
     """`encrypt` on the device, to u32 words: their little-endian bytes go on the wire."""
     arguments = (values, a_hat, secret_hat, random_words)
     if implementation == "pallas":
+        from . import ring_pallas
+
         return _pallas(partial(ring_pallas.encrypt, ring), *arguments)
     return _by_platform(partial(ring_xla.encrypt, ring), *arguments)
 
@@ -188,6 +190,8 @@ def add_words(
 ) -> jax.Array:
     """`add` of a payload in u32 words; the total is donated."""
     if implementation == "pallas":
+        from . import ring_pallas
+
         return _pallas(partial(ring_pallas.add, ring), total, words)
     return ring_xla.add(ring, total, words)
 
@@ -233,6 +237,8 @@ def unmask(
     """
     arguments = (total, a_hat, secret_sum_hat, clients)
     if implementation == "pallas":
+        from . import ring_pallas
+
         return _pallas(partial(ring_pallas.unmask, ring), *arguments)
     return _by_platform(partial(ring_xla.unmask, ring), *arguments)
 

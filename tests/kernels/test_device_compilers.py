@@ -15,7 +15,13 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from fedjax_llm_kernels import clip_sum_pallas, cross_entropy_pallas, many_adapters_pallas
+from fedjax_llm_kernels import (
+    attention_gpu,
+    attention_tpu,
+    clip_sum_pallas,
+    cross_entropy_pallas,
+    many_adapters_pallas,
+)
 from fedjax_llm_kernels.quantise_pack_pallas import gpu_pack, tpu_pack
 
 pytestmark = pytest.mark.drill
@@ -24,6 +30,8 @@ TPU = {
     "pass": cross_entropy_pallas.tpu_pass,
     "forward": many_adapters_pallas.tpu_forward,
     "backward": many_adapters_pallas.tpu_backward,
+    "attend": attention_tpu.tpu_forward,
+    "attend back": attention_tpu.tpu_backward,
     "clip": clip_sum_pallas.tpu_clip_sum,
     "pack": tpu_pack,
 }
@@ -31,6 +39,8 @@ GPU = {
     "pass": cross_entropy_pallas.gpu_pass,
     "forward": many_adapters_pallas.gpu_forward,
     "backward": many_adapters_pallas.gpu_backward,
+    "attend": attention_gpu.gpu_forward,
+    "attend back": attention_gpu.gpu_backward,
     "clip": clip_sum_pallas.gpu_clip_sum,
     "pack": gpu_pack,
 }
@@ -83,6 +93,19 @@ def programs(forms):
             shapes = (of(k, t, d), of(k, d, r), b, dy)
             yield f"adapters forward {d}", forms["forward"], shapes[:3]
             yield f"adapters backward {d}", forms["backward"], shapes
+        # The second is a step of a decoder of a billion parameters, 16 clients at once.
+        for (b, t, h, g, width), window in (
+            ((2, 100, 4, 2, 24), 30),
+            ((16, 1024, 32, 8, 64), None),
+            ((4, 2048, 32, 8, 128), 600),
+            ((2, 1000, 8, 1, 256), None),
+        ):
+            q, k, lse = of(b, t, h, width), of(b, t, g, width), f32(b, h, t)
+            shapes = (q, k, k, f32(b, t, dtype=jnp.int32))
+            name = f"{width} wide, window {window}, {dtype.__name__}"
+            yield f"attention {name}", partial(forms["attend"], window=window), shapes
+            shapes = (*shapes, q, lse, q)
+            yield f"attention back {name}", partial(forms["attend back"], window=window), shapes
     for sizes in ((5, 100), (20_000, 1 << 20), (8192, 3072), (655_360, 65_536)):
         shapes = ([f32(13, size) for size in sizes], f32(13, dtype=jnp.bool_), f32())
         yield f"clip and sum {sizes}", forms["clip"], shapes
@@ -91,7 +114,7 @@ def programs(forms):
         yield f"quantise and pack {bits}", partial(forms["pack"], bits=bits), shapes
 
 
-def refused_by_the_compiler(device, forms, platform):
+def refused_by_the_compiler(device, forms, platform, **options):
     """What each kernel that does not compile says."""
     place = jax.sharding.SingleDeviceSharding(device)
     refused = {}
@@ -101,7 +124,7 @@ def refused_by_the_compiler(device, forms, platform):
         )
         traced = jax.jit(partial(function, interpret=False)).trace(*placed)
         try:
-            traced.lower(lowering_platforms=(platform,)).compile()
+            traced.lower(lowering_platforms=(platform,)).compile(compiler_options=options)
         except Exception as error:
             refused[name] = str(error)[:300]
     return refused
@@ -113,9 +136,10 @@ def test_every_kernel_compiles_for_a_tpu(tpus, generation):
 
 
 @pytest.mark.filterwarnings("ignore:.*Triton backend is deprecated:DeprecationWarning")
-def test_every_kernel_compiles_for_a_gpu():
+def test_every_kernel_compiles_for_a_gpu_and_keeps_to_its_registers():
     pytest.importorskip("jax_plugins.xla_cuda12", reason="needs jax-cuda12-plugin, the compiler")
     topology = topologies.get_topology_desc("h100", "cuda", target_config=H100, topology="1x1x1")
     kind = AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
     with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=kind)):
-        assert refused_by_the_compiler(topology.devices[0], GPU, "cuda") == {}
+        no_spills = {"xla_gpu_fail_ptx_compilation_on_register_spilling": True}
+        assert refused_by_the_compiler(topology.devices[0], GPU, "cuda", **no_spills) == {}
