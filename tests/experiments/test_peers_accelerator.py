@@ -162,6 +162,19 @@ def test_utilisation_is_of_the_median_round_and_of_the_data_sheet(peers: Any) ->
     assert not any("utilisation" in name for name in plain)
 
 
+def test_forms_by_hand_are_tried_on_a_device_and_not_interpreted(peers: Any) -> None:
+    accelerator, kernels = peers("accelerator"), peers("ours").KERNELS
+
+    def forms(platform: str) -> list[set[str]]:
+        contest = accelerator.contest(TINY, accelerator.Device(platform, "k", "0"), 1e12)
+        return [
+            set(way.options) & set(kernels) for way in contest.ours if "--pallas" in way.options
+        ]
+
+    assert forms("gpu") == forms("tpu") == [{"attention"}, set(kernels)]
+    assert forms("cpu") == []
+
+
 def test_where_the_loop_cannot_run_ours_is_measured_alone(
     peers: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

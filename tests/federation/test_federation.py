@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -189,14 +190,21 @@ def test_what_leaves_a_client_is_ciphertext(
             hits = sum(data.count(pairs[k : k + 2].tobytes()) for k in range(0, 64, 2))
             assert hits == 0
         again = b"".join(honest(name, 2, ints_P))
-        half = min(len(data), len(again)) // 2
-        ours, theirs = (np.frombuffer(d[half:-64], np.uint8) for d in (data, again))
+        nothing = b"".join(honest(name, 3, jnp.zeros_like(ints_P)))
+        half = min(len(data), len(again), len(nothing)) // 2
+        ours, theirs, empty = (np.frombuffer(d[half:-64], np.uint8) for d in (data, again, nothing))
         # Equal bytes at a rate of 1 in 256, as for independent uniform ones; six standard errors.
         size = min(ours.size, theirs.size)
         rate = np.mean(ours[:size] == theirs[:size])
         assert abs(rate - 1 / 256) < 6 * np.sqrt(1 / 256 / size)
-        histogram = np.bincount(ours, minlength=256)
-        assert np.abs(histogram - histogram.mean()).max() < 6 * np.sqrt(histogram.mean())
+        # Bytes come up as often as in a message of zeros, whatever their law is.
+        histogram, of_zeros = (np.bincount(part, minlength=256) for part in (ours, empty))
+        apart = histogram / ours.size - of_zeros / empty.size
+        error = np.sqrt(histogram / ours.size**2 + of_zeros / empty.size**2)
+        assert (np.abs(apart) <= 6 * error).all()
+        if not isinstance(mode, Ckks):
+            # CKKS's library writes residues below a prime, among which small bytes come up more.
+            assert np.abs(histogram - histogram.mean()).max() < 6 * np.sqrt(histogram.mean())
 
 
 @pytest.mark.parametrize("mode", HIDDEN, ids=mode_name)

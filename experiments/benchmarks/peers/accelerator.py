@@ -39,15 +39,24 @@ UTILISATION, AGAINST_LOOP = 40.0, 3.0
 # Products round to 8 bits, in another order on each side. One client of this task, both sides on a
 # CPU: 3e-4 nats in the first three steps, 4e-5 in the next three, while the loss fell by 0.3.
 SAME_LOSS = 5e-3
+# The form by hand of attention, which saves the most memory, and of all that a round has. A table
+# says which form runs (`fedjax_llm_kernels.choice`); here both are tried, whatever it says.
+BY_HAND = (("attention",), ("attention", "cross_entropy", "many_adapters"))
 # A way that was tried is not compiled again when it takes part. Both sides are in the device's
 # memory at a time: JAX takes three quarters of it at the start, the loop the rest as it needs it.
 _COMPILED_ONCE = (("JAX_COMPILATION_CACHE_DIR", str(CACHE / "compiled")),)
 
 
-def ways_of_ours(at_once: Sequence[int]) -> tuple[Way, ...]:
-    """All clients at once with activations kept or computed twice, and fewer at once."""
+def ways_of_ours(at_once: Sequence[int], written: Sequence[Sequence[str]] = ()) -> tuple[Way, ...]:
+    """All clients at once with activations kept or computed twice, and fewer at once.
+
+    Args:
+        at_once: the most, and fewer.
+        written: kernels whose forms by hand are tried together, with the most at once.
+    """
     most, *fewer = (("--devices", "1", "--at-once", str(n)) for n in at_once)
     options = [most, (*most, "--remat"), *fewer]
+    options += [(*most, "--pallas", *names) for names in written]
     return tuple(Way("ours", "ours.py", each, _COMPILED_ONCE) for each in options)
 
 
@@ -114,7 +123,8 @@ def contest(task: str, device: Device, peak: float) -> Utilised:
     clients = TASKS[task].clients
     return Utilised(
         task,
-        ways_of_ours((clients, clients // 4)),
+        # On a CPU they would be interpreted.
+        ways_of_ours((clients, clients // 4), () if device.platform == "cpu" else BY_HAND),
         peers,
         dict.fromkeys(peers, AGAINST_LOOP),
         TASKS[task].tokens,

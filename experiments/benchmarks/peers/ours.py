@@ -25,8 +25,11 @@ from fedjax_llm.models.checkpoint import read_base
 from fedjax_llm.models.model import load_config
 from fedjax_llm.privacy import PrivacyPlan
 from fedjax_llm.training import LocalTraining
+from fedjax_llm_kernels import choice
 
 CLOUDS = 8
+# Those of a round without privacy that have a form in Pallas.
+KERNELS = ("attention", "cross_entropy", "many_adapters")
 # A message is shortened to it; a round in which one was longer is an error.
 BOUND = 8.0
 # Of float32: fixed point that is as fine is no difference from sides that add floats.
@@ -104,7 +107,12 @@ def main(leads: bool = True) -> None:
     parser.add_argument("--remat", action="store_true", help="compute activations twice")
     parser.add_argument("--at-once", type=int, help="clients; as many as fit if not given")
     parser.add_argument("--devices", type=int, help="how many to use; all if not given")
+    parser.add_argument(
+        "--pallas", nargs="+", choices=KERNELS, default=[], help="kernels that take this form"
+    )
     asked = parser.parse_args()
+    kind = jax.devices()[0].device_kind
+    choice.BEST = {**choice.BEST, **{(kernel, kind): "pallas" for kernel in asked.pallas}}
     turns, task = Turns(asked.wait), TASKS[asked.task]
     devices = jax.devices()[: asked.devices]
     federation = federate(
