@@ -90,6 +90,17 @@ def round_program(task: DenseTask, layout: CohortLayout, most_rows: int) -> Any:
     return whole_round
 
 
+def in_order(clients_K: np.ndarray, rows_C: np.ndarray, at_once: int) -> np.ndarray:
+    """A round's clients, so that batches and devices are through at about the same time.
+
+    A batch goes on until its longest client is through: like ones stand together. Devices take
+    stretches of the order, and batches are dealt among them.
+    """
+    batches_QxG = clients_K[np.argsort(rows_C[clients_K], kind="stable")].reshape(-1, at_once)
+    devices = jax.device_count()
+    return np.concatenate([batches_QxG[device::devices] for device in range(devices)]).reshape(-1)
+
+
 def main() -> None:
     """Builds, then trains a round a turn."""
     parser = arguments(__doc__.splitlines()[0], list(DENSE))
@@ -115,10 +126,9 @@ def main() -> None:
             params,
             (images_CxN, labels_CxN),
             sizes_C,
-            # A batch goes on until its longest client is through: like ones stand together.
-            jnp.asarray(sorted(cohort(task, number).tolist(), key=lambda c: rows_C[c])),
+            in_order(cohort(task, number), rows_C, asked.at_once),
             seed,
-            jnp.int32(number),
+            np.int32(number),
         )
         jax.block_until_ready(params)
         turns.done(started, lambda params=params: float(loss(params)))
