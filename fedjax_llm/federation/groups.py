@@ -79,8 +79,16 @@ def over_groups(
 
 
 def shapes_of_one(clients: PyTree) -> PyTree:
-    """Of one client, from leaves with a leading axis of clients; wherever they lie."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), clients)
+    """Of one client, from leaves with a leading axis of clients; wherever they lie.
+
+    By taking one of them, so that all that JAX knows of a type is there: what is compiled by itself
+    is then traced for the shapes of its results and not again for the clients.
+    """
+
+    def first(clients: PyTree) -> PyTree:
+        return jax.tree.map(lambda leaf: jax.lax.index_in_dim(leaf, 0, keepdims=False), clients)
+
+    return jax.eval_shape(first, clients)
 
 
 class _Order(NamedTuple):

@@ -24,6 +24,21 @@ def doubled(shared: jax.Array, client: dict[str, jax.Array]) -> tuple[jax.Array,
     return client["ints"][0] + shared, client["ints"] * 2
 
 
+@pytest.mark.parametrize("group", [1, 2])
+def test_a_client_is_traced_once_for_shapes_and_sums(group: int) -> None:
+    traces = []
+
+    def seen(shared: jax.Array, client: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        traces.append(1)
+        return doubled(shared, client)
+
+    layout = laid_out(group, 1)
+    jax.jit(layout.sum_clients(seen, 1)).lower(
+        jnp.int32(1), layout.shard(inputs()), layout.rows(np.zeros(layout.padded, np.int32))
+    )
+    assert len(traces) == 1
+
+
 def laid_out(group: int, devices: int) -> CohortLayout:
     return CohortLayout.over(CLIENTS, group, jax.devices()[:devices])
 
