@@ -79,16 +79,17 @@ def over_groups(
 
 
 def shapes_of_one(clients: PyTree) -> PyTree:
-    """Of one client, from leaves with a leading axis of clients; wherever they lie.
+    """Of one client on the device, from leaves with a leading axis of clients, wherever they lie.
 
     By taking one of them, so that all that JAX knows of a type is there: what is compiled by itself
     is then traced for the shapes of its results and not again for the clients.
     """
 
-    def first(clients: PyTree) -> PyTree:
-        return jax.tree.map(lambda leaf: jax.lax.index_in_dim(leaf, 0, keepdims=False), clients)
+    def first(leaf: jax.Array) -> jax.Array:
+        one = jax.lax.index_in_dim(leaf, 0, keepdims=False)
+        return jax.device_put(one, jax.memory.Space.Device) if _on_host(leaf) else one
 
-    return jax.eval_shape(first, clients)
+    return jax.eval_shape(lambda clients: jax.tree.map(first, clients), clients)
 
 
 class _Order(NamedTuple):
