@@ -111,6 +111,7 @@ def main(leads: bool = True) -> None:
         "--pallas", nargs="+", choices=KERNELS, default=[], help="kernels that take this form"
     )
     asked = parser.parse_args()
+    # Before anything is traced, which is when the table is asked.
     kind = jax.devices()[0].device_kind
     choice.BEST = {**choice.BEST, **{(kernel, kind): "pallas" for kernel in asked.pallas}}
     turns, task = Turns(asked.wait), TASKS[asked.task]

@@ -26,11 +26,12 @@ def command(turns: int) -> list[Row]:
             return folders.enter_context(tempfile.TemporaryDirectory(prefix="fedjax-llm-peers-"))
 
         def whole(name: str, way: Way, cache: str | None = None) -> Side:
-            cached = (
-                ("JAX_COMPILATION_CACHE_DIR", cache or ""),
-                ("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1"),
-            )
-            way = replace(way, environment=way.environment + (cached if cache else ()))
+            if cache is not None:
+                cached = (
+                    ("JAX_COMPILATION_CACHE_DIR", cache),
+                    ("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1"),
+                )
+                way = replace(way, environment=way.environment + cached)
             with way.side("decoder", folder, COMMAND_ROUNDS, wait=False) as side:
                 side.finish()
             told = f"{name}: {way.words}, decoder: {side.seconds_whole:.3g} s"
@@ -52,6 +53,11 @@ def command(turns: int) -> list[Row]:
             for name, way in best.items():
                 cache = empty() if name == "cold" else caches.get(way)
                 runs[name].append(whole(name, way, cache))
+    return rows_of(runs)
+
+
+def rows_of(runs: dict[str, list[Side]]) -> list[Row]:
+    """What whole commands came to, by "cold", "warm" and "flower"."""
     seconds = {name: [side.seconds_whole for side in sides] for name, sides in runs.items()}
     ready = {
         name: [
